@@ -1,0 +1,35 @@
+"""Vector indexes and retrieval channels: they know ids and vectors, never models or trainers.
+
+Imported as ``taoemb.index``. Names are resolved on first use (PEP 562), so that the exact index and the
+lexical channel work where faiss is not installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from taoemb.index.channels import BM25Channel, Channel
+    from taoemb.index.exact import ExactIndex
+    from taoemb.index.faiss_index import VectorIndex
+
+__all__ = ["BM25Channel", "Channel", "ExactIndex", "VectorIndex"]
+
+_OWNERS = {  # public name -> the module that defines it
+    "BM25Channel": "taoemb.index.channels",
+    "Channel": "taoemb.index.channels",
+    "ExactIndex": "taoemb.index.exact",
+    "VectorIndex": "taoemb.index.faiss_index",
+}
+
+if not TYPE_CHECKING:  # hidden from type checkers, so that a misspelled name is an error there
+
+    def __getattr__(name: str) -> object:
+        if name not in _OWNERS:
+            raise AttributeError(f"module 'taoemb.index' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        value = getattr(import_module(_OWNERS[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,194 @@
+"""FAISS behind a factory string, with string ids, a manifest and no pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from taoemb.files import checksum, read_json, replace_folder, write_json
+from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors
+from taoemb.store import EmbeddingStore, ids_hash
+from taoemb.tables import write_table
+from taoemb.types import FloatArray
+
+_TRAIN_ROWS = 262_144
+"""Vectors that a quantizer is trained on at most; our choice."""
+_PARAMETERS = ("nprobe", "efSearch")
+
+
+def import_faiss() -> Any:
+    """The faiss module; raises ImportError that names the extra to install."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            'VectorIndex needs faiss: pip install "taoemb[cpu]" (or "taoemb[gpu]"); ExactIndex works without it'
+        ) from error
+    return faiss
+
+
+@dataclass
+class VectorIndex:
+    """A FAISS index over unit vectors (inner product) whose items are named by string ids.
+
+    Make one with `build` or `load`. Positions inside FAISS are catalog positions, so no id map is wrapped around it.
+    """
+
+    ids: list[str]
+    factory: str
+    fingerprint: str
+    faiss_index: Any = field(repr=False)
+    dimension: int
+
+    def __post_init__(self) -> None:
+        self._ids = np.asarray(self.ids, dtype=object)
+
+    @classmethod
+    def build(
+        cls,
+        store: EmbeddingStore,
+        factory: str = "Flat",
+        *,
+        seed: int = 0,
+        deterministic: bool = False,
+        **parameters: int,
+    ) -> VectorIndex:
+        """Train on a sample where the factory needs it, then add the store's shards one by one.
+
+        Args:
+            store: the vectors.
+            factory: FAISS factory string such as ``Flat``, ``HNSW32``, ``IVF1024,Flat``.
+            seed: of the training sample.
+            deterministic: add single-threaded, so that a graph index comes out the same every time.
+            parameters: search settings, ``nprobe`` or ``efSearch``.
+
+        Raises ValueError for an unknown factory string or parameter, or too few vectors to train it.
+        """
+        faiss = import_faiss()
+        try:
+            index = faiss.index_factory(store.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(f"factory={factory!r} is no FAISS factory string for {store.dimension} dimensions "
+                             f"(examples: Flat, HNSW32, IVF1024,Flat): {str(error).splitlines()[0]}") from None  # fmt: skip
+        _set_parameters(index, parameters)
+        if len(set(store.ids)) != len(store.ids):  # also across shards, which are checked one by one below
+            raise ValueError("ids must be unique; update an item instead of adding it twice")
+        if not index.is_trained:
+            _train(index, store, factory, seed)
+        threads = faiss.omp_get_max_threads()
+        try:
+            if deterministic:
+                faiss.omp_set_num_threads(1)
+            start = 0
+            for shard in store.shards:
+                index.add(check_vectors(shard, store.ids[start : start + len(shard)]))
+                start += len(shard)
+        except RuntimeError as error:  # IDMap wants ids, NSG wants all vectors at once
+            raise ValueError(f"factory={factory!r} cannot be filled shard by shard: {error}") from None
+        finally:
+            faiss.omp_set_num_threads(threads)
+        return cls(store.ids, factory, store.fingerprint, index, store.dimension)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def search(self, vectors: npt.ArrayLike, k: int) -> SearchResult:
+        """The Top-``k`` of ``B`` query vectors ``[B, D]``: ids ``[B, k]`` and scores ``[B, k]``, best first.
+
+        Where fewer than ``k`` items are found, a row is padded with id "" and score -inf.
+        """
+        return as_result(*self.search_positions(vectors, k), self._ids, k)
+
+    def search_positions(self, vectors: npt.ArrayLike, k: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
+        """Like `search` with catalog positions, -1 where nothing was found: ``[B, min(k, N)]`` each."""
+        queries = as_queries(vectors, self.dimension)
+        k = min(check_k(k), len(self))
+        if not len(queries) or not k:
+            return np.zeros((len(queries), k), np.int64), np.zeros((len(queries), k), np.float32)
+        scores, positions = self.faiss_index.search(queries, k)
+        return positions, scores
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``index.faiss``, ``ids.parquet`` and ``manifest.json``; the folder appears complete or not at all."""
+        import pyarrow as pa
+
+        faiss = import_faiss()
+        with replace_folder(Path(folder), "manifest.json") as beside:
+            faiss.write_index(self.faiss_index, str(beside / "index.faiss"))
+            write_table(pa.table({"id": pa.array(self.ids, pa.string())}), beside / "ids.parquet")
+            manifest = {
+                "format": 1,
+                "factory": self.factory,
+                "fingerprint": self.fingerprint,
+                "dimension": self.dimension,
+                "count": len(self),
+                "ids_hash": ids_hash(self.ids),
+                "parameters": _get_parameters(self.faiss_index),
+                "files": {name: checksum(beside / name) for name in ("index.faiss", "ids.parquet")},
+            }
+            write_json(beside / "manifest.json", manifest)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> VectorIndex:
+        """Open a saved index; raises ValueError naming the file that is missing or corrupt."""
+        import pyarrow.parquet as pq
+
+        faiss = import_faiss()
+        folder = Path(folder)
+        file = folder / "manifest.json"
+        if not file.exists():
+            raise ValueError(f"{folder} is no saved index (no manifest.json)")
+        manifest = read_json(file)
+        for name, expected in manifest["files"].items():
+            if not (folder / name).exists() or checksum(folder / name) != expected:
+                raise ValueError(f"{folder / name} is missing or corrupt; build the index again")
+        index = faiss.read_index(str(folder / "index.faiss"))
+        _set_parameters(index, manifest["parameters"])
+        ids = pq.read_table(folder / "ids.parquet").column("id").to_pylist()
+        return cls(ids, manifest["factory"], manifest["fingerprint"], index, manifest["dimension"])
+
+
+def _train(index: Any, store: EmbeddingStore, factory: str, seed: int) -> None:
+    rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:_TRAIN_ROWS])
+    edges = np.cumsum([0, *(len(shard) for shard in store.shards)])
+    parts = [
+        shard[rows[(rows >= low) & (rows < high)] - low]
+        for shard, low, high in zip(store.shards, edges[:-1], edges[1:], strict=True)
+    ]
+    sample = check_vectors(np.concatenate(parts), [store.ids[row] for row in rows])
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        raise ValueError(
+            f"factory={factory!r} cannot be trained on {len(store)} vectors; use a smaller one or Flat: "
+            f"{str(error).splitlines()[-1]}"
+        ) from None
+
+
+def _core(index: Any) -> Any:
+    """The index that is searched behind a transform (``OPQ16,IVF1024,PQ16``) or a refinement (``IVF1024,PQ16,RFlat``)."""
+    for name in ("index", "base_index"):
+        if hasattr(index, name):
+            return _core(import_faiss().downcast_index(getattr(index, name)))
+    return index
+
+
+def _set_parameters(index: Any, parameters: dict[str, int]) -> None:
+    index = _core(index)
+    for name, value in parameters.items():
+        target = index.hnsw if name == "efSearch" and hasattr(index, "hnsw") else index
+        if name not in _PARAMETERS or not hasattr(target, name):
+            raise ValueError(f"parameter {name!r} does not fit this index; known: {_PARAMETERS}")
+        if value < 1:
+            raise ValueError(f"{name}={value}: give at least 1")
+        setattr(target, name, value)
+
+
+def _get_parameters(index: Any) -> dict[str, int]:
+    index = _core(index)
+    found = {"efSearch": index.hnsw.efSearch} if hasattr(index, "hnsw") else {}
+    return {**found, **({"nprobe": index.nprobe} if hasattr(index, "nprobe") else {})}

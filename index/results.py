@@ -1,0 +1,67 @@
+"""What every index checks on the way in and gives on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from taoemb.types import FloatArray
+
+SearchResult: TypeAlias = tuple[npt.NDArray[np.object_], FloatArray]
+"""ids ``[B, k]`` (str) and scores ``[B, k]``, best first; a missing place is ("", -inf)."""
+
+
+def check_vectors(vectors: npt.ArrayLike, ids: Sequence[str]) -> FloatArray:
+    """Item vectors as float32 ``[N, D]``; raises ValueError on a wrong shape, NaN or infinity, or repeated ids."""
+    array = _finite_matrix(vectors, "item vectors")
+    if len(array) != len(ids):
+        raise ValueError(f"{len(ids)} ids for {len(array)} vectors; there must be one id per vector")
+    if len(set(ids)) != len(ids):
+        raise ValueError("ids must be unique; update an item instead of adding it twice")
+    return array
+
+
+def as_queries(vectors: npt.ArrayLike, dimension: int) -> FloatArray:
+    """Query vectors as float32 ``[B, D]``; raises ValueError on a wrong dimension, NaN or infinity."""
+    array = _finite_matrix(vectors, "query vectors")
+    if len(array) and array.shape[1] != dimension:
+        raise ValueError(f"query vectors have {array.shape[1]} dimensions, the index has {dimension}")
+    return array
+
+
+def check_k(k: int) -> int:
+    """``k``, when it is at least 1."""
+    if k < 1:
+        raise ValueError(f"k={k}: ask for at least 1 item")
+    return k
+
+
+def as_result(
+    positions: npt.NDArray[np.int64], scores: FloatArray, ids: npt.NDArray[np.object_], k: int
+) -> SearchResult:
+    """Catalog positions (-1 where nothing was found) and scores as ids and scores, padded to ``k``."""
+    found_ids = np.full((len(positions), k), "", dtype=object)
+    found_scores = np.full((len(positions), k), -np.inf, dtype=np.float32)
+    width = positions.shape[1]
+    if width and len(ids):
+        hit = positions >= 0
+        found_ids[:, :width] = np.where(hit, ids[np.where(hit, positions, 0)], "")
+        found_scores[:, :width] = np.where(hit, scores, -np.inf)
+    return found_ids, found_scores
+
+
+def _finite_matrix(vectors: npt.ArrayLike, what: str) -> FloatArray:
+    array = np.asarray(vectors)
+    if array.ndim != 2:
+        raise ValueError(f"{what} must be a matrix [rows, dimensions], but have shape {array.shape}")
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{what} have dtype {array.dtype}; give numbers")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused below
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(array).all():
+        row = int(np.argmin(np.isfinite(array).all(axis=1)))
+        raise ValueError(f"{what}: row {row} holds NaN or infinity")
+    return array

@@ -1,0 +1,104 @@
+"""Everything that a resumed training run needs, written atomically.
+
+A checkpoint folder holds ``weights.safetensors``, ``optimizer.pt`` (tensors only), ``state.json`` and, where the trainer
+has one, ``index/``: the index that was in use, because a rebuilt one would be fresher than the uninterrupted run's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from taoemb.encoder import Encoder
+from taoemb.files import checksum, read_json, recover_folder, replace_folder, write_json
+from taoemb.index.refresh import AnyIndex, load_index
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is corrupt, or belongs to another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` found: ``step`` is the next step to take, ``extra`` the trainer's own numbers."""
+
+    step: int
+    extra: dict[str, Any]
+    index: AnyIndex | None
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    encoder: Encoder,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    index: AnyIndex | None = None,
+) -> None:
+    """Replace the checkpoint in ``folder``; a kill at any moment leaves the old one or the new one.
+
+    ``identity`` is JSON that a resuming run must repeat exactly (configuration, start model, catalog); ``extra`` is any
+    further JSON state.
+    """
+    with replace_folder(folder, "state.json") as beside:
+        save_model(encoder.model, str(beside / "weights.safetensors"))  # copes with tied weights, save_file does not
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, beside / "optimizer.pt")
+        if index is not None:
+            index.save(beside / "index")
+        files = {name: checksum(beside / name) for name in ("weights.safetensors", "optimizer.pt")}
+        state = {"format": FORMAT, "step": step, "identity": identity, "extra": extra, "files": files}
+        write_json(beside / "state.json", {**state, "has_index": index is not None})
+
+
+def load_checkpoint(
+    folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> Checkpoint | None:
+    """Restore weights, optimiser and random state in place; None when there is no checkpoint yet.
+
+    Raises CheckpointError when a file is corrupt (it is named) or the checkpoint was written under another
+    configuration, start model or catalog (the keys that differ are named).
+    """
+    recover_folder(folder)
+    if not (folder / "state.json").exists():
+        return None
+    state = read_json(folder / "state.json")
+    wanted = json.loads(json.dumps(identity))
+    differing = sorted(_differences(state["identity"], wanted))
+    if differing or state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder} belongs to another run ({', '.join(differing) or 'format'} differ); "
+            "repeat the settings it was started with, or give another run folder"
+        )
+    for name, expected in state["files"].items():
+        if not (folder / name).exists() or checksum(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} is missing or corrupt; delete {folder} to start this stage again")
+    load_model(encoder.model, folder / "weights.safetensors", device=str(encoder.device))
+    saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if "cuda" in saved["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    index = load_index(folder / "index") if state["has_index"] else None
+    return Checkpoint(state["step"], state["extra"], index)
+
+
+def _differences(a: Any, b: Any, key: str = "") -> set[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: set[str] = set()
+        for name in a.keys() | b.keys():
+            found |= _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+        return found
+    return set() if a == b else {key}

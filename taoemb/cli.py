@@ -1,0 +1,273 @@
+"""The command line: ``taoemb demo | data | encode | index | search | train | evaluate``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Optional, TypeVar
+
+import typer
+
+from taoemb import __version__
+
+F = TypeVar("F", bound=Callable[..., None])
+
+app = typer.Typer(
+    help="Train a search encoder against a judge instead of against hard negatives.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Make data: the generated shop, or training queries from a catalog.", no_args_is_help=True)
+index_app = typer.Typer(help="Build and describe a search index.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(index_app, name="index")
+
+Seed = Annotated[int, typer.Option(help="Of every random choice; the same seed gives the same bytes.")]
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time, also on Python 3.10
+    typer.Argument(help="Settings as KEY=VALUE, for example stage2.steps=200; see --help-config."),
+]
+
+
+def _told_apart(command: F) -> F:
+    """Mistakes of the caller end with one line and exit status 2, Ctrl-C with 130; anything else is a bug and shows its
+    traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError) as error:
+            text = error.args[0] if isinstance(error, KeyError) else error
+            typer.echo(f"error: {text}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command goes on from the last checkpoint", err=True)
+            raise typer.Exit(130) from None
+
+    return run  # type: ignore[return-value]
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Train a search encoder against a judge instead of against hard negatives."""
+    if version:
+        typer.echo(f"taoemb {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@_told_apart
+def demo(
+    out: Out = Path("runs/demo"),
+    items: Annotated[int, typer.Option(help="Items of the generated shop.")] = 20_000,
+    seed: Seed = 0,
+    overrides: Overrides = None,
+) -> None:
+    """Generate a shop, train on it and compare: a few minutes on two CPU cores."""
+    from taoemb.config import load_config
+    from taoemb.job import TrainConfig
+
+    shop = out.parent / f"shop-{items}-{seed}"
+    if not (shop / "truth.parquet").exists():
+        _write_shop(shop, items, seed)
+    seeds = [f"stage1.seed={seed}", f"stage2.seed={seed}"]
+    _train(load_config(TrainConfig, None, [f"data={shop}", *seeds, *(overrides or [])]), out)
+
+
+@data_app.command("shop")
+@_told_apart
+def data_shop(
+    out: Out,
+    items: Annotated[int, typer.Option(help="Number of items.")] = 20_000,
+    seed: Seed = 0,
+) -> None:
+    """Write a generated shop: items, queries with complete grades, clicks."""
+    _write_shop(out, items, seed)
+
+
+def _write_shop(out: Path, items: int, seed: int) -> None:
+    from taoemb.shop import generate_shop
+
+    start = time.perf_counter()
+    shop = generate_shop(items, seed)
+    shop.save(out)
+    catalog = shop.catalog
+    grades = sum(len(graded) for graded in catalog.qrels.values())
+    typer.echo(f"{out}: {len(catalog.items):,} items, {len(catalog.queries):,} queries, {grades:,} grades "
+               f"({time.perf_counter() - start:.1f} s)", err=True)  # fmt: skip
+
+
+@data_app.command("queries")
+@_told_apart
+def data_queries(
+    catalog: Annotated[Path, typer.Argument(help="Catalog folder.")],
+    out: Out,
+    n: Annotated[int, typer.Option("--n", help="Number of distinct queries.")] = 4000,
+    seed: Seed = 0,
+) -> None:
+    """Write training queries from a catalog's own titles, brands, types and attributes."""
+    from taoemb.catalog import Catalog
+    from taoemb.queries import generate_queries
+    from taoemb.tables import write_table
+
+    for name in ("queries", "clicks"):
+        if any((out / f"{name}.{suffix}").exists() for suffix in ("parquet", "jsonl", "csv")):
+            raise FileExistsError(f"{out} already holds {name}; give another folder")
+    written = generate_queries(Catalog.load(catalog).items, n, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    write_table(written.queries.to_table(), out / "queries.parquet")
+    write_table(written.clicks, out / "clicks.parquet")
+    for query in written.queries[:5]:
+        typer.echo(query.text)
+    typer.echo(
+        f"{out}: {len(written.queries):,} queries in queries.parquet, their source items in clicks.parquet", err=True
+    )
+
+
+@app.command()
+@_told_apart
+def encode(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id, or RUN/model.")],
+    data: Annotated[Path, typer.Option(help="Catalog folder.")],
+    out: Out,
+) -> None:
+    """Encode a catalog's items into an embedding store; a second call goes on after a kill."""
+    from taoemb.catalog import Catalog
+    from taoemb.encoder import Encoder
+    from taoemb.store import encode_corpus
+
+    store = encode_corpus(Encoder(model), Catalog.load(data).items, out, progress=True)
+    typer.echo(f"{out}: {len(store):,} embeddings of {store.dimension} dimensions", err=True)
+
+
+@index_app.command("build")
+@_told_apart
+def index_build(
+    store: Annotated[Path, typer.Argument(help="Embedding store, as `taoemb encode` writes it.")],
+    out: Out,
+    factory: Annotated[str, typer.Option(help="FAISS factory string; Flat is exact.")] = "Flat",
+) -> None:
+    """Build an index over an embedding store."""
+    from taoemb.index.refresh import build_index
+    from taoemb.store import EmbeddingStore
+
+    start = time.perf_counter()
+    index = build_index(EmbeddingStore.open(store), factory)
+    index.save(out)
+    typer.echo(f"{out}: {factory} over {len(index):,} vectors ({time.perf_counter() - start:.1f} s)", err=True)
+
+
+@index_app.command("info")
+@_told_apart
+def index_info(index: Annotated[Path, typer.Argument(help="Index folder.")]) -> None:
+    """Describe a saved index after verifying its files."""
+    from taoemb.index.refresh import load_index
+
+    loaded = load_index(index)
+    typer.echo(
+        f"factory: {getattr(loaded, 'factory', 'Flat')}\nitems: {len(loaded):,}\nfingerprint: {loaded.fingerprint}"
+    )
+
+
+@app.command()
+@_told_apart
+def search(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    query: Annotated[str, typer.Argument(help="What a shopper would type.")],
+    k: Annotated[int, typer.Option("-k", help="Number of items.")] = 10,
+) -> None:
+    """Print the items that a trained run finds for a query."""
+    from taoemb.catalog import Catalog
+    from taoemb.config import load_config
+    from taoemb.encoder import Encoder
+    from taoemb.index.refresh import load_index
+    from taoemb.job import TrainConfig
+
+    if not (run / "index").is_dir() or not (run / "model").is_dir():
+        raise ValueError(f"{run} is no finished run folder (no model/ and index/); train one with `taoemb train`")
+    items = Catalog.load(load_config(TrainConfig, run / "config.yaml").data).items
+    encoder, index = Encoder(run / "model"), load_index(run / "index")
+    if index.fingerprint != encoder.fingerprint:
+        raise ValueError(f"{run / 'index'} was built with another encoder than {run / 'model'}; build it again")
+    ids, scores = index.search(encoder.encode_query([query]), k)
+    for rank, (item_id, score) in enumerate(zip(ids[0], scores[0], strict=True), start=1):
+        if item_id:
+            item = items[int(items.positions([item_id])[0])]
+            price = "" if item.price is None else f"  {item.price:.2f}"
+            typer.echo(f"{rank:3d}  {score:.3f}  {item_id}  {item.title}{price}")
+
+
+@app.command()
+@_told_apart
+def train(
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; the same one goes on after a kill.")] = None,  # noqa: UP045
+    data: Annotated[Optional[Path], typer.Option(help="Catalog folder; short for data=FOLDER.")] = None,  # noqa: UP045
+    config: Annotated[Optional[Path], typer.Option(help="YAML file with settings.")] = None,  # noqa: UP045
+    help_config: Annotated[bool, typer.Option("--help-config", help="List every setting and exit.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train on a catalog: stage 1, Retrieval-GRPO, the rows to compare with, and a report."""
+    from taoemb.config import describe, load_config
+    from taoemb.job import TrainConfig
+
+    if help_config:
+        for setting in describe(TrainConfig):
+            typer.echo(f"{setting.key} ({setting.type}, default {setting.default!r})\n    {setting.doc}")
+        return
+    settings = load_config(TrainConfig, config, [*([f"data={data}"] if data else []), *(overrides or [])])
+    if out is None or not settings.data:
+        raise ValueError("give a catalog folder with --data and a run folder with --out")
+    _train(settings, out)
+
+
+def _train(config: Any, out: Path) -> None:
+    from taoemb.job import TrainJob
+
+    start = time.perf_counter()
+    job = TrainJob(config, out)
+    comparison = job.run()
+    typer.echo(comparison.text(job.phases.values))
+    typer.echo(f"{time.perf_counter() - start:.0f} s; look at {out / 'report.html'}", err=True)
+
+
+@app.command()
+@_told_apart
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders or hub ids; RUN/model for a trained run.")],
+    data: Annotated[Path, typer.Option(help="Catalog folder with queries and qrels.")],
+    split: Annotated[str, typer.Option(help="Queries of this split that have grades; empty for all.")] = "test",
+) -> None:
+    """Compare models and BM25 on a catalog's graded queries."""
+    from taoemb.catalog import Catalog, ItemTemplate
+    from taoemb.comparison import compare
+    from taoemb.encoder import Encoder
+    from taoemb.index.channels import BM25Channel
+    from taoemb.index.exact import ExactIndex
+    from taoemb.rewards import item_quality
+    from taoemb.store import encode_corpus
+
+    catalog = Catalog.load(data)
+    graded = [q.id for q in catalog.queries if q.id in catalog.qrels and split in ("", q.split)]
+    if not graded:
+        have = sorted({q.split or "(none)" for q in catalog.queries if q.id in catalog.qrels})
+        raise ValueError(f"{data} has no graded query of split {split!r}; its graded queries are of {have or 'no split'}: "
+                         "use --split '' for all")  # fmt: skip
+    encoders = {}
+    for name in models:
+        encoder = Encoder(name)
+        encoders[name] = encoder, ExactIndex.build(encode_corpus(encoder, catalog.items))
+    texts = ItemTemplate().texts(catalog.items)
+    bm25 = BM25Channel.build(catalog.items.ids, texts)
+    comparison = compare(catalog, catalog.queries.select(ids=graded), encoders, bm25, channel=bm25,
+                         quality_N=item_quality(catalog.items), top_n=100)  # fmt: skip
+    typer.echo(comparison.text())
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,202 @@
+"""Systems side by side on the same test queries: metrics, significance, examples; what ``metrics.json`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from taoemb.catalog import Catalog, QuerySet
+from taoemb.encoder import Encoder
+from taoemb.evaluation import Evaluation, evaluate, paired_bootstrap
+from taoemb.files import write_json
+from taoemb.index.channels import BM25Channel
+from taoemb.index.exact import ExactIndex
+from taoemb.index.results import SearchResult
+from taoemb.tables import write_table
+
+DEPTH = 100
+"""Ranks of a run that are evaluated."""
+METRICS = (
+    "ndcg@10", "recall@100", "hit_rate@100", "mrr@10", "goodrate@10", "quality@10", "good_quality@10", "overlap@10",
+    "exclusive_goodrate@10",
+)  # fmt: skip
+POOLED_METRICS = ("condensed_ndcg@10", "judged@10", "auc")
+"""Reported too where most pairs are unjudged: the plain figures then favour the system that filled the pool."""
+OURS, BASELINE = "retrieval_grpo", "stage1"
+EXAMPLES = 12
+
+Lists = tuple[list[list[str]], list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: an evaluation, and the Top-10 with scores, per system."""
+
+    catalog: Catalog
+    queries: QuerySet
+    evaluations: dict[str, Evaluation]
+    lists: dict[str, Lists]
+    channel_top: dict[str, list[str]]
+    quality: dict[str, float]
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """system -> metric -> mean over the queries that have it; a metric that no query has is left out."""
+        means = {name: evaluation.mean() for name, evaluation in self.evaluations.items()}
+        return {name: {m: v for m, v in row.items() if np.isfinite(v)} for name, row in means.items()}
+
+    def tests(self) -> dict[str, dict[str, dict[str, float]]]:
+        """metric -> other system -> paired bootstrap of Retrieval-GRPO against it."""
+        if OURS not in self.evaluations:
+            return {}
+        ours = self.evaluations[OURS]
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for metric in ours.per_query:
+            for name, other in self.evaluations.items():
+                both = np.isfinite(ours.per_query[metric]) & np.isfinite(other.per_query[metric])
+                if name == OURS or both.sum() < 2:
+                    continue
+                test = paired_bootstrap(ours.per_query[metric], other.per_query[metric])
+                found.setdefault(metric, {})[name] = {
+                    "difference": test.difference,
+                    "ci_low": test.ci_low,
+                    "ci_high": test.ci_high,
+                    "p_value": test.p_value,
+                }
+        return found
+
+    def text(self, phases: Mapping[str, Mapping[str, float]] | None = None) -> str:
+        """The table as plain text, with the significance of Retrieval-GRPO's lead where it takes part."""
+        table = self.table()
+        metrics = list(dict.fromkeys(m for row in table.values() for m in row))
+        width = max(len(name) for name in table)
+        lines = [" ".join([" " * width, *metrics, *(["item encodings"] if phases else [])])]
+        for name, row in table.items():
+            cells = [f"{row[m]:{len(m)}.3f}" if m in row else " " * (len(m) - 1) + "-" for m in metrics]
+            if phases:
+                cells.append(f"{int(phases.get(name, {}).get('item_encodings', 0)):14,d}")
+            lines.append(" ".join([name.ljust(width), *cells]))
+        for metric, others in self.tests().items() if OURS in table else ():
+            if metric.split("@")[0] in ("ndcg", "condensed_ndcg", "goodrate"):
+                found = [f"{o} {t['difference']:+.3f} (p={t['p_value']:.2g})" for o, t in others.items()]
+                lines.append(f"{OURS} against, {metric}: " + ", ".join(found))
+        return "\n".join(lines)
+
+    def save(self, run_dir: Path, meta: Mapping[str, Any], phases: Mapping[str, Mapping[str, float]]) -> None:
+        """Write ``per_query.parquet``, ``examples.json`` and ``metrics.json`` into a run folder."""
+        slices = [query.slice for query in self.queries]
+        rows: dict[str, list[Any]] = {"system": [], "query_id": [], "slice": []}
+        for name, evaluation in self.evaluations.items():
+            rows["system"] += [name] * len(evaluation.query_ids)
+            rows["query_id"] += evaluation.query_ids
+            rows["slice"] += slices
+            for metric, values in evaluation.per_query.items():
+                rows.setdefault(metric, []).extend(None if np.isnan(v) else v for v in values.tolist())
+        write_table(pa.table(rows), run_dir / "per_query.parquet")
+        write_json(run_dir / "examples.json", self.examples())
+        metrics = {
+            "systems": self.table(),
+            "tests": self.tests(),
+            "item_encodings": {name: int(values["item_encodings"]) for name, values in phases.items()},
+            "seconds": {name: round(values["seconds"], 1) for name, values in phases.items()},
+            "meta": dict(meta),
+        }
+        write_json(run_dir / "metrics.json", metrics)
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Before and after for a dozen queries: each slice's in turn, spread over gains and losses of nDCG@10."""
+        before, after = (self.evaluations[s].per_query["ndcg@10"] for s in (BASELINE, OURS))
+        gain = np.nan_to_num(after - before)
+        by_slice: dict[str, list[int]] = {}
+        for i in np.argsort(-gain, kind="stable").tolist():
+            by_slice.setdefault(self.queries[i].slice, []).append(i)
+        share = max(1, EXAMPLES // len(by_slice))
+        chosen: list[int] = []
+        for places in by_slice.values():
+            spread = np.linspace(0, len(places) - 1, min(share, len(places))).round().astype(int)
+            chosen += [places[s] for s in dict.fromkeys(spread.tolist())]
+        return [
+            {
+                "query_id": self.queries[i].id,
+                "query": self.queries[i].text,
+                "slice": self.queries[i].slice,
+                "before": self._example(BASELINE, i),
+                "after": self._example(OURS, i),
+            }
+            for i in chosen[:EXAMPLES]
+        ]
+
+    def _example(self, system: str, i: int) -> dict[str, Any]:
+        query = self.queries[i]
+        ids, scores = self.lists[system][0][i], self.lists[system][1][i]
+        grades, items = self.catalog.qrels.get(query.id, {}), self.catalog.items
+        known = set(self.channel_top[query.id])
+        ndcg = float(self.evaluations[system].per_query["ndcg@10"][i])
+        return {
+            "system": system,
+            "ndcg@10": None if np.isnan(ndcg) else ndcg,
+            "items": [
+                {
+                    "id": item_id,
+                    "title": items[int(items.positions([item_id])[0])].title,
+                    "grade": grades.get(item_id, self.catalog.unjudged),
+                    "score": round(score, 4),
+                    "quality": self.quality.get(item_id),
+                    "in_channel": item_id in known,
+                }
+                for item_id, score in zip(ids, scores, strict=True)
+            ],
+        }
+
+
+def compare(
+    catalog: Catalog,
+    queries: QuerySet,
+    encoders: Mapping[str, tuple[Encoder, ExactIndex]],
+    bm25: BM25Channel | None,
+    *,
+    channel: BM25Channel,
+    quality_N: npt.NDArray[np.float64],
+    top_n: int,
+) -> Comparison:
+    """Search the test queries with every system by exact search and evaluate the runs against the catalog's grades.
+
+    ``channel`` is the recall channel for overlap and exclusive good rate, with its Top-``top_n``.
+    """
+    pooled = catalog.unjudged is None
+    metrics = (*METRICS, *POOLED_METRICS) if pooled else METRICS
+    channel_top = dict(zip(queries.ids, channel.top(queries.texts, top_n), strict=True))
+    quality = {i: float(q) for i, q in zip(catalog.items.ids, quality_N, strict=True) if np.isfinite(q)}
+    depth = len(catalog.items) if pooled else DEPTH  # the AUC needs the score of every judged item
+    evaluations: dict[str, Evaluation] = {}
+    lists: dict[str, Lists] = {}
+    results: dict[str, SearchResult] = {}
+    if bm25 is not None:
+        results["bm25"] = bm25.search(queries.texts, depth)
+    for name, (encoder, index) in encoders.items():
+        results[name] = index.search(encoder.encode_query(queries.texts), depth)
+    grades = {query: catalog.qrels.get(query, {}) for query in queries.ids}
+    for name, (ids_QK, scores_QK) in results.items():
+        run: dict[str, dict[str, float]] = {}
+        for query, ids, scores in zip(queries.ids, ids_QK.tolist(), scores_QK.tolist(), strict=True):
+            found = {i: s for i, s in zip(ids, scores, strict=True) if i}
+            kept = dict(list(found.items())[:DEPTH])
+            if pooled:  # an item that BM25 does not find has no common term: score 0, below every ranked one
+                kept |= {i: found.get(i, 0.0) for i in grades[query]}
+            run[query] = kept
+        lists[name] = [list(run[q])[:10] for q in queries.ids], [list(run[q].values())[:10] for q in queries.ids]
+        evaluations[name] = evaluate(
+            run,
+            grades,
+            metrics=metrics,
+            unjudged=catalog.unjudged,
+            quality=quality,
+            channels={channel.name: channel_top},
+            queries=queries.ids,
+        )
+    return Comparison(catalog, queries, evaluations, lists, channel_top, quality)

@@ -1,0 +1,92 @@
+"""Files and folders that appear complete or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def fsync(path: Path) -> None:
+    """Make a file or a folder entry survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    fsync(beside)
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, beside and renamed; NaN is refused (it is not JSON)."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """Give an empty folder to fill; when the block ends well it takes the place of ``folder``.
+
+    ``marker`` is a file by which an older folder of the same kind is known. Raises FileExistsError where ``folder``
+    holds anything else: it would be lost. A kill leaves the old folder, or for the moment between two renames its
+    hidden ``.NAME.old``, which `recover_folder` and the next `replace_folder` put back.
+    """
+    beside, old = _beside(folder, "tmp"), _beside(folder, "old")
+    recover_folder(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / marker).exists() or not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} is there and has no {marker}; give another folder, this one would be replaced")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    yield beside
+    for path in sorted(beside.rglob("*")):
+        fsync(path)
+    fsync(beside)
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish or undo a replacement that was interrupted between its two renames."""
+    old = _beside(folder, "old")
+    if old.exists():
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    return folder.with_name(f".{folder.name}.{ending}")  # hidden: model.old may be somebody's backup of model
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises ValueError that names it when it is corrupt."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what UnicodeDecodeError is
+        raise ValueError(f"{path} is corrupt: {error}") from None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

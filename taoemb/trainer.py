@@ -1,0 +1,471 @@
+"""Stage 2: Retrieval-GRPO. The index proposes, the rewards judge, a group-relative policy update moves the encoder.
+
+Left out on purpose, because all rewards of a group are known: sampling of candidates, and estimators of the KL.
+Dropout is off, so that the policy that is updated is the policy that retrieved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taoemb import losses
+from taoemb.advantages import Aggregation, Scale, group_advantages, group_moments, total_reward, zero_variance
+from taoemb.catalog import Catalog
+from taoemb.checkpoint import load_checkpoint, save_checkpoint
+from taoemb.contrastive import Positions, Positives, check_optimiser, check_positive, make_optimizer, set_learning_rate
+from taoemb.encoder import Encoder
+from taoemb.gradcache import GradCache
+from taoemb.index.refresh import IndexRefresher, build_index, overlap
+from taoemb.policy import POLICY_ETA, candidate_weights, effective_rank, entropy, kl_divergence, log_probs
+from taoemb.rewards import RelevanceReward, RewardConfig, gate, gather
+from taoemb.store import EmbeddingStore, encode_corpus, ids_hash
+from taoemb.tracking import Backend, Tracker
+from taoemb.types import FloatArray, RewardFunction
+
+PROBE = 256
+"""Training queries on which the staleness of the index is measured at a refresh; our choice."""
+Policy = Literal["paper", "exact", "mixed", "positive_only", "kl_distill"]
+
+
+@dataclass(frozen=True)
+class RetrievalGRPOConfig:
+    """Stage 2. R-GRPO publishes the objective and none of these numbers: the defaults are our choice, for static
+    embeddings; names follow TRL where TRL has the thing."""
+
+    policy: Policy = "mixed"
+    """``paper`` as published, ``exact`` policy gradient, ``mixed`` of both, ``positive_only``; ``kl_distill`` is the rival
+    without a policy gradient: it learns the softmax of the rewards."""
+    steps: int = 400
+    """Retrievals; each is followed by ``num_iterations`` optimiser steps."""
+    batch_size: int = 32
+    """B: queries per step."""
+    num_candidates: int = 32
+    """K: candidates of a query's group."""
+    overfetch: int = 1
+    """The index proposes this many times K; above 1 the current encoder embeds them all once more and keeps its own Top-K.
+    That repairs a stale index, at that many times the item encodings; refreshing more often is cheaper."""
+    random_candidates: int = 0
+    """How many of the K are random items instead."""
+    force_positives: bool = True
+    """A known positive takes the last place of a group that holds none."""
+    temperature: float = 0.05
+    """tau of the policy's softmax over cosines, and of InfoNCE."""
+    num_iterations: int = 1
+    """Optimiser steps per retrieval; with 1 the ratio is 1 and nothing is clipped."""
+    epsilon: float = 0.2
+    """Clip range of the ratio downwards."""
+    epsilon_high: float = 0.28
+    """Clip range of the ratio upwards."""
+    beta: float = 0.02
+    """Weight of KL(policy || stage-1 policy)."""
+    infonce_weight: float = 0.3
+    """Weight of stage 1's InfoNCE loss, the anchor that keeps the tail; 0 leaves it out (as published). The other queries'
+    candidates serve as further negatives, which costs no encoding; a query's own are left to the policy."""
+    global_negatives: int = 256
+    """Random items per step in InfoNCE."""
+    anchor_weight: float = 0.0
+    """Weight of mean(1 - cosine to the stage-1 embedding)."""
+    multi_objective_aggregation: Aggregation = "normalize_then_sum"
+    """``sum_then_normalize`` as published, or each objective on its own first (GDPO)."""
+    scale_rewards: Scale = "group"
+    """Divide advantages by the deviation of the ``group`` (as published), of the ``batch``, or not at all (``none``)."""
+    std_floor: float = 0.25
+    """Share of an objective's running deviation that is added to each group's, against noise in almost equal rewards."""
+    neg_adv_weight: float = 1.0
+    """Factor on negative advantages; ``positive_only`` is 0."""
+    distill_temperature: float = 0.2
+    """Temperature of the rewards' softmax in ``kl_distill``."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW: about 1e-3 for static embeddings, 1e-6 to 5e-6 for transformers."""
+    warmup_ratio: float = 0.05
+    """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    refresh_steps: int = 20
+    """Steps between re-encodings of the whole index; 0 never refreshes."""
+    index_factory: str = "Flat"
+    """FAISS factory string of the training index; ``Flat`` is exact."""
+    chunk_size: int = 1024
+    """Texts per forward and backward pass (GradCache); lower it when memory is short."""
+    save_steps: int = 50
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of every random choice."""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    """Weights and forms of the rewards."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps", "batch_size", "overfetch", "temperature", "num_iterations", "learning_rate",
+                       "chunk_size", "save_steps", "distill_temperature")  # fmt: skip
+        check_optimiser(self.warmup_ratio, self.max_grad_norm)
+        choices = {"policy": Policy, "multi_objective_aggregation": Aggregation, "scale_rewards": Scale}
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(get_args(choice))}")
+        if self.num_candidates < 2:
+            raise ValueError(f"num_candidates={self.num_candidates}: a group needs at least 2 to compare")
+        if not 0 <= self.random_candidates < self.num_candidates:
+            raise ValueError(f"random_candidates={self.random_candidates}: give 0 to num_candidates - 1")
+        for name in ("beta", "infonce_weight", "anchor_weight", "std_floor", "global_negatives", "neg_adv_weight",
+                     "refresh_steps"):  # fmt: skip
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
+        if not 0 < self.epsilon < 1 or not self.epsilon_high > 0:
+            raise ValueError(f"epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: give 0 < epsilon < 1 and more than 0")
+
+
+@dataclass
+class Group:
+    """The candidates of ``B`` queries: catalog positions ``[B, K]``, and their log-probabilities under the policy before
+    the first update, which sets them."""
+
+    queries: Positions
+    items_BK: Positions
+    logp_old_BK: Tensor | None = None
+
+
+class RetrievalGRPOTrainer:
+    """Trains an encoder in place against reward functions.
+
+    Args:
+        encoder: the stage-1 model; its embeddings at this moment are the reference of the KL and anchor terms.
+        catalog: items, and queries of split ``train``.
+        reward_functions: one per objective (`taoemb.rewards`, or your own by TRL's contract).
+        reward_weights: weight of each, in the same order.
+        config: everything else.
+        run_dir: the run folder; checkpoints go to ``checkpoints/NAME``, logs to ``logs/NAME.jsonl``.
+
+    Raises ValueError when the catalog has fewer than two items, no training query, or no positives while
+    ``infonce_weight`` is not 0.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        catalog: Catalog,
+        reward_functions: Sequence[RewardFunction],
+        reward_weights: Sequence[float],
+        config: RetrievalGRPOConfig | None = None,
+        *,
+        run_dir: str | Path,
+        name: str = "retrieval_grpo",
+        trackers: Sequence[Backend] = ("console", "jsonl"),
+    ) -> None:
+        self.encoder, self.catalog, self.config = encoder, catalog, config or RetrievalGRPOConfig()
+        self.run_dir, self.name, self.trackers = Path(run_dir), name, trackers
+        if len(reward_functions) != len(reward_weights) or not reward_functions:
+            raise ValueError(f"{len(reward_functions)} reward functions, {len(reward_weights)} weights: give one each")
+        self.reward_functions = list(reward_functions)
+        self.reward_names = [getattr(f, "__name__", type(f).__name__) for f in self.reward_functions]
+        self.reward_weights_R = torch.tensor(list(reward_weights), dtype=torch.float32)
+        self.query_texts, self.item_texts = catalog.queries.texts, encoder.item_texts(catalog.items)
+        self.train_queries: Positions = np.array([i for i, q in enumerate(catalog.queries) if q.split == "train"])
+        if len(catalog.items) < 2:
+            raise ValueError(f"the catalog has {len(catalog.items)} item; a group needs at least 2 to compare")
+        if not len(self.train_queries):
+            raise ValueError("the catalog has no query of split 'train'; write some with `taoemb data queries`")
+        self.positives = self._known_positives()
+        self.item_encodings = 0
+        self._running_std_R = torch.zeros(len(self.reward_functions))
+        self._overlap = 1.0
+        self._seconds: dict[str, float] = {}
+
+    def _known_positives(self) -> Positives | None:
+        try:
+            return Positives(self.catalog, self.item_texts)
+        except ValueError as error:
+            if self.config.infonce_weight:
+                raise ValueError(f"infonce_weight={self.config.infonce_weight} needs positives: {error}") from None
+            return None
+
+    def train(self) -> int:
+        """Run, or go on from the last checkpoint, to ``config.steps``; returns the item encodings spent.
+
+        Raises FloatingPointError when the loss or its gradient stops being a number; that step is not taken.
+        """
+        config, encoder = self.config, self.encoder
+        encoder.model.eval()
+        optimizer = make_optimizer(encoder, config.learning_rate)
+        folder, identity = self.run_dir / "checkpoints" / self.name, self._identity()
+        store = encode_corpus(encoder, self.catalog.items)
+        self.reference_ND = torch.from_numpy(np.ascontiguousarray(store.vectors)).to(encoder.device)
+        self.reference_QD = torch.from_numpy(encoder.encode_query(self.query_texts)).to(encoder.device)
+        self.refresher = IndexRefresher(self._encode_items, self._build_index, config.refresh_steps,
+                                        self._build_index(store))  # fmt: skip
+        self.item_encodings = len(store)
+        start = self._restore(load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity))
+        with Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,
+                     total_steps=config.steps, console_every=50) as tracker:  # fmt: skip
+            for step in range(start, config.steps):
+                self._seconds = {}
+                rng = np.random.default_rng([config.seed, step])
+                self._refresh_if_due(step)
+                rate = set_learning_rate(optimizer, config.learning_rate, config.warmup_ratio, step, config.steps)
+                group = self.retrieve(rng)
+                rewards_BKR = self.judge(group)
+                for _ in range(config.num_iterations):
+                    metrics = self.update(group, rewards_BKR, optimizer, np.random.default_rng([config.seed, step, 1]))
+                tracker.log(step, {**metrics, "learning_rate": rate, **self._health(step, group)})
+                if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
+                    save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
+                                    extra=self._extra(), index=self.refresher.index)  # fmt: skip
+        return self.item_encodings
+
+    def _refresh_if_due(self, step: int) -> None:
+        """Refresh the index when it is time, and measure how stale the old one was: overlap@K of a probe of queries."""
+        stale = self.refresher.index
+        if self.refresher.refresh_if_due(step):
+            probe = self.encoder.encode_query([self.query_texts[q] for q in self.train_queries[:PROBE]])
+            K = self.config.num_candidates
+            self._overlap = overlap(stale.search_positions(probe, K)[0], self.refresher.index.search_positions(probe, K)[0])
+
+    @torch.no_grad()
+    def retrieve(self, rng: np.random.Generator) -> Group:
+        """Draw ``B`` queries; the index proposes their candidates, and the current encoder re-scores them if over-fetched."""
+        config, size = self.config, len(self.item_texts)
+        with self._timed("retrieve"):
+            queries = rng.choice(self.train_queries, min(config.batch_size, len(self.train_queries)), replace=False)
+            query_BD = self.encoder.forward([self.query_texts[q] for q in queries], "query")
+            K = min(config.num_candidates, size)
+            proposed, scores = self.refresher.index.search_positions(query_BD.cpu().numpy(), config.overfetch * K)
+            drawn = rng.integers(size, size=(len(queries), config.random_candidates))
+            sampled = self._sample_positives(queries, rng)
+            pool_BM = np.concatenate([proposed, drawn, sampled[:, None]], axis=1)
+        if config.overfetch > 1:
+            with self._timed("forward"):
+                distinct, where = np.unique(pool_BM, return_inverse=True)  # -1, nothing found, comes first
+                item_UD = self._encode_positions(distinct)
+                places = torch.from_numpy(where.reshape(pool_BM.shape)).to(item_UD.device)
+                scores_BM = torch.einsum("bd,bmd->bm", query_BD, item_UD[places]).cpu()
+        else:
+            unscored = np.full((len(queries), pool_BM.shape[1] - proposed.shape[1]), -2.0, dtype=np.float32)
+            scores_BM = torch.from_numpy(np.concatenate([scores, unscored], axis=1))
+        unusable_BM = _absent_or_repeated(pool_BM)
+        scores_BM[torch.from_numpy(unusable_BM)] = -torch.inf
+        K = min(K, int((~unusable_BM[:, :-1]).sum(1).min()))  # an approximate index may find fewer
+        chosen = self._choose(scores_BM, pool_BM, queries, K).numpy()
+        return Group(queries, np.take_along_axis(pool_BM, chosen, 1))
+
+    def _choose(self, scores_BM: Tensor, pool_BM: Positions, queries: Positions, K: int) -> Tensor:
+        """Columns of the pool that make the group: the random ones, the Top of the rest, and a positive if asked."""
+        priority = scores_BM.clone()
+        randoms = slice(pool_BM.shape[1] - 1 - self.config.random_candidates, pool_BM.shape[1] - 1)
+        priority[:, randoms] = torch.where(priority[:, randoms].isinf(), -torch.inf, 10.0)
+        if self.positives is not None and self.config.force_positives:
+            top = priority.topk(K).indices.numpy()
+            for b, query in enumerate(queries.tolist()):
+                known = self.positives.of(query)
+                if len(known) and not np.isin(pool_BM[b, top[b]], known).any():
+                    priority[b, np.flatnonzero(pool_BM[b] == pool_BM[b, -1])[0]] = 20.0
+        else:
+            priority[:, -1] = -torch.inf
+        return priority.topk(K).indices
+
+    def _sample_positives(self, queries: Positions, rng: np.random.Generator) -> Positions:
+        """One known positive per query, -1 where none is known."""
+        sampled = np.full(len(queries), -1, dtype=np.int64)
+        if self.positives is not None:
+            known = np.isin(queries, self.positives.queries)
+            sampled[known] = self.positives.sample(queries[known], rng)
+        return sampled
+
+    def judge(self, group: Group) -> FloatArray:
+        """The rewards of every candidate, ``[B, K, R]``, NaN where a reward function abstains; gated if asked."""
+        with self._timed("judge"):
+            B, K = group.items_BK.shape
+            query_positions, item_positions = np.repeat(group.queries, K), group.items_BK.ravel()
+            rewards = gather(
+                self.reward_functions,
+                queries=[self.catalog.queries[q] for q in query_positions.tolist()],
+                items=[self.catalog.items[i] for i in item_positions.tolist()],
+                query_positions=query_positions,
+                item_positions=item_positions,
+            ).reshape(B, K, -1)
+            self._raw_rewards = rewards
+            config = self.config.rewards
+            if config.gate and "relevance" in self.reward_names:
+                rewards = gate(rewards, self.reward_names.index("relevance"), config.gate_threshold)
+        return rewards
+
+    def update(
+        self, group: Group, rewards: FloatArray, optimizer: torch.optim.Optimizer, rng: np.random.Generator
+    ) -> dict[str, float]:
+        """One optimiser step on ``-J + beta KL + infonce_weight InfoNCE + anchor_weight anchor``; returns its metrics."""
+        config, device = self.config, self.encoder.device
+        cache = GradCache(self.encoder, config.chunk_size)
+        paired, positives, negatives = self._contrast(group, rng)
+        pieces = np.concatenate([group.items_BK.ravel(), positives, negatives])
+        distinct, where = np.unique(pieces, return_inverse=True)
+        places = torch.from_numpy(where.ravel()).to(device)
+        place_BK, own = places[: group.items_BK.size].view(group.items_BK.shape), places[group.items_BK.size :]
+        with self._timed("forward"):
+            query_BD = cache.encode([self.query_texts[q] for q in group.queries], "query")
+            item_UD = cache.encode([self.item_texts[i] for i in distinct], "document")
+            self.item_encodings += len(distinct)
+            logp_BK = log_probs(torch.einsum("bd,bkd->bk", query_BD, item_UD[place_BK]), config.temperature)
+            reference_UD = self.reference_ND[torch.from_numpy(distinct).to(device)]
+            reference_BD = self.reference_QD[torch.from_numpy(group.queries).to(device)]
+            reference_BK = torch.einsum("bd,bkd->bk", reference_BD, reference_UD[place_BK])
+            kl = kl_divergence(logp_BK, log_probs(reference_BK, config.temperature)).mean()
+            if group.logp_old_BK is None:
+                group.logp_old_BK = logp_BK.detach()
+            objective, metrics = self.objective(logp_BK, group.logp_old_BK, torch.from_numpy(rewards).to(device))
+            loss = -objective + config.beta * kl
+            if len(paired):
+                masked = torch.from_numpy(self.positives.masked(group.queries[paired], positives, distinct)).to(device)
+                masked = masked.scatter(1, place_BK[torch.from_numpy(paired).to(device)], True)
+                nce = losses.info_nce(query_BD[torch.from_numpy(paired).to(device)], item_UD, own[: len(paired)],
+                                      masked, config.temperature)  # fmt: skip
+                loss = loss + config.infonce_weight * nce
+                metrics["infonce"] = float(nce.detach())
+            if config.anchor_weight:
+                drift = losses.anchor(query_BD, reference_BD) + losses.anchor(item_UD, reference_UD)
+                loss = loss + config.anchor_weight * drift
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss.detach())} ({metrics}); lower learning_rate or check the rewards")
+        with self._timed("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+            cache.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.encoder.model.parameters(), config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the norm of the gradient is {float(norm)} ({metrics}); lower learning_rate")
+            optimizer.step()
+            optimizer.zero_grad()
+        cosine = float((query_BD.detach() * reference_BD).sum(-1).mean())
+        return {"loss": float(loss.detach()), **metrics, "kl": float(kl.detach()), "entropy": float(entropy(logp_BK.detach()).mean()),
+                "grad_norm": float(norm), "effective_rank": effective_rank(query_BD),
+                "cosine_to_reference": cosine}  # fmt: skip
+
+    def _contrast(self, group: Group, rng: np.random.Generator) -> tuple[Positions, Positions, Positions]:
+        """For InfoNCE: the rows of the queries with known positives, a positive of each, and the global negatives."""
+        none = np.zeros(0, np.int64)
+        if self.positives is None or not self.config.infonce_weight:
+            return none, none, none
+        paired = np.flatnonzero(np.isin(group.queries, self.positives.queries))
+        count = min(self.config.global_negatives, len(self.item_texts))
+        negatives = rng.choice(len(self.item_texts), count, replace=False)
+        return paired, self.positives.sample(group.queries[paired], rng), negatives
+
+    def objective(self, logp_BK: Tensor, logp_old_BK: Tensor, rewards_BKR: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The policy's objective, to be maximised, mean over the batch; and what it says of the rewards."""
+        config, weights_R = self.config, self.reward_weights_R.to(logp_BK.device)
+        equal = zero_variance(rewards_BKR, weights_R)
+        metrics = {"zero_variance_share": float(equal.float().mean())}
+        total_BK = total_reward(rewards_BKR, weights_R)
+        if config.policy == "kl_distill":
+            cost_B = losses.distillation(logp_BK, total_BK, config.distill_temperature)
+            return -torch.where(equal, 0.0, cost_B).mean(), metrics
+        weights_BK = candidate_weights(logp_old_BK, POLICY_ETA[config.policy])
+        self._follow_std(rewards_BKR, weights_BK)
+        advantages_BK = group_advantages(
+            rewards_BKR, weights_R, weights_BK, aggregation=config.multi_objective_aggregation,
+            scale=config.scale_rewards, std_floors_R=config.std_floor * self._running_std_R.to(logp_BK.device),
+        )  # fmt: skip
+        down = 0.0 if config.policy == "positive_only" else config.neg_adv_weight
+        advantages_BK = torch.where(advantages_BK < 0, down * advantages_BK, advantages_BK)
+        ratio = (logp_BK.detach() - logp_old_BK).exp()
+        clipped = ((advantages_BK > 0) & (ratio > 1 + config.epsilon_high)
+                   | (advantages_BK < 0) & (ratio < 1 - config.epsilon))  # fmt: skip
+        metrics |= {"ratio": float(ratio.mean()), "clip_share": float(clipped.float().mean())}
+        surrogate_B = losses.clipped_surrogate(logp_BK, logp_old_BK, advantages_BK, weights_BK,
+                                               config.epsilon, config.epsilon_high)  # fmt: skip
+        return surrogate_B.mean(), metrics
+
+    def _follow_std(self, rewards_BKR: Tensor, weights_BK: Tensor) -> None:
+        """Update each objective's running deviation from the groups in which at least two candidates have a reward."""
+        for r, known in enumerate(self._running_std_R.tolist()):
+            values_BK = rewards_BKR[..., r]
+            std = group_moments(values_BK, weights_BK)[1][(~values_BK.isnan()).sum(-1) > 1]
+            if std.numel():
+                self._running_std_R[r] = 0.95 * known + 0.05 * std.mean() if known > 0 else std.mean()
+
+    def _health(self, step: int, group: Group) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for r, name in enumerate(self.reward_names):
+            values = self._raw_rewards[..., r]
+            known = values[~np.isnan(values)]
+            metrics[f"reward/{name}/mean"] = float(known.mean()) if known.size else float("nan")
+            metrics[f"reward/{name}/std"] = float(known.std()) if known.size else float("nan")
+            metrics[f"reward/{name}/abstained"] = 1 - known.size / max(1, values.size)
+        counts = np.unique(group.items_BK, return_counts=True)[1]
+        spread = counts.std()
+        metrics["hubness_skew"] = float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0
+        metrics["overlap@K"], metrics["index_age"] = self._overlap, float(step - self.refresher.built_at)
+        for function in self.reward_functions:
+            if isinstance(function, RelevanceReward):
+                metrics["judge_calls"] = float(function.calls)
+                metrics["judge_cache_hit_rate"] = function.hits / max(1, function.hits + function.calls)
+        metrics["item_encodings"] = float(self.item_encodings)
+        return metrics | {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+
+    def _encode_items(self) -> EmbeddingStore:
+        with self._timed("refresh"):
+            self.item_encodings += len(self.item_texts)
+            vectors = self.encoder.encode_document(self.item_texts)
+            return EmbeddingStore(self.catalog.items.ids, [vectors], "")
+
+    def _build_index(self, store: EmbeddingStore) -> Any:
+        return build_index(store, self.config.index_factory, str(self.encoder.device))
+
+    def _encode_positions(self, positions: Positions) -> Tensor:
+        """Embeddings of items without gradient, ``[U, D]``; position -1 gives a zero row."""
+        texts = [self.item_texts[i] for i in positions.tolist() if i >= 0]
+        self.item_encodings += len(texts)
+        size = self.config.chunk_size
+        parts = [self.encoder.forward(texts[i : i + size], "document") for i in range(0, len(texts), size)]
+        missing = torch.zeros(len(positions) - len(texts), self.encoder.dimension, device=self.encoder.device)
+        return torch.cat([missing, *parts])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "config": dataclasses.asdict(self.config),
+            "rewards": self.reward_names,
+            "reward_weights": self.reward_weights_R.tolist(),
+            "start_model": self.encoder.fingerprint,
+            "items": ids_hash(self.catalog.items.ids),
+            "queries": ids_hash(self.catalog.queries.ids),
+        }
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "item_encodings": self.item_encodings,
+            "running_std": self._running_std_R.tolist(),
+            "built_at": self.refresher.built_at,
+            "overlap": self._overlap,
+        }
+
+    def _restore(self, found: Any) -> int:
+        if found is None:
+            return 0
+        self.item_encodings = found.extra["item_encodings"]
+        self._running_std_R = torch.tensor(found.extra["running_std"])
+        self._overlap = found.extra["overlap"]
+        self.refresher.index, self.refresher.built_at = found.index, found.extra["built_at"]
+        return int(found.step)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _absent_or_repeated(pool_BM: Positions) -> np.ndarray:
+    """Places of a pool that hold nothing (-1), or an item that stands further left in the same row already."""
+    order = np.argsort(pool_BM, axis=1, kind="stable")
+    ordered = np.take_along_axis(pool_BM, order, 1)
+    repeated = np.zeros_like(ordered, dtype=bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    marked = np.zeros_like(repeated)
+    np.put_along_axis(marked, order, repeated, axis=1)
+    return marked | (pool_BM < 0)
