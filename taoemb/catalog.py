@@ -330,7 +330,9 @@ class Catalog:
         query_set = QuerySet([]) if queries is None else QuerySet.from_table(queries, source["queries"])
         unjudged = (metadata or {}).get("unjudged")
         if unjudged is not None and unjudged not in range(MAX_GRADE + 1):
-            raise SchemaError("catalog.json", None, "unjudged", f"is {unjudged!r}; use 0 where the qrels are complete, else null")
+            raise SchemaError(
+                "catalog.json", None, "unjudged", f"is {unjudged!r}; use 0 where the qrels are complete, else null"
+            )
         known = set(query_set.ids), set(items.column("id").to_pylist())
         grades: dict[str, dict[str, int]] = {}
         if qrels is not None:

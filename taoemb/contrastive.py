@@ -31,7 +31,7 @@ Positions = npt.NDArray[np.int64]
 class ContrastiveConfig:
     """Stage 1. R-GRPO publishes the loss, none of these numbers: the defaults are our choice, for static embeddings."""
 
-    steps: int = 600
+    steps: int = 1500
     """Optimiser steps."""
     batch_size: int = 128
     """Queries per step, each with one positive item."""
@@ -39,8 +39,8 @@ class ContrastiveConfig:
     """Items drawn uniformly from the catalog per step and shared by the batch."""
     temperature: float = 0.05
     """tau of the softmax over cosines."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW; about 1e-3 for static embeddings, 2e-5 for transformers."""
+    learning_rate: float = 1e-2
+    """Peak learning rate of AdamW; about 1e-2 for static embeddings, 2e-5 for transformers."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
     max_grad_norm: float = 1.0

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from torch import Tensor
@@ -67,7 +68,7 @@ class Encoder:
                              "without it")  # fmt: skip
         if not isinstance(model[-1], Normalize):
             model.append(Normalize())
-        self.model = model.float()  # distilled static models are saved as float16, in which Adam overflows
+        self.model = model.float().eval()  # distilled static models are saved as float16, in which Adam overflows
         self.template = template or saved or ItemTemplate()
         self._static = isinstance(model[0], StaticEmbedding)
         self._tokens: dict[str, npt.NDArray[np.int64]] = {}
@@ -108,12 +109,13 @@ class Encoder:
         _check_list(texts)
         if not len(texts):
             return np.zeros((0, self.dimension), dtype=np.float32)
-        training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()  # no dropout, also in the middle of training
             return self._encode_now(texts, kind, progress)
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
 
     def _encode_now(self, texts: Sequence[str], kind: Kind, progress: bool) -> FloatArray:
         if self._static:
@@ -149,7 +151,8 @@ class Encoder:
             new = list(dict.fromkeys(texts))
         if new:
             encoded = self.model[0].tokenizer.encode_batch(  # type: ignore[union-attr,operator]
-               new, add_special_tokens=False)
+                new, add_special_tokens=False
+            )
             self._tokens.update(zip(new, (np.asarray(e.ids, dtype=np.int64) for e in encoded), strict=True))
         rows = [self._tokens[text] for text in texts]
         offsets = np.cumsum([0, *(len(row) for row in rows[:-1])])
@@ -199,7 +202,7 @@ def _load(name: str, device: str | None) -> SentenceTransformer:
     quiet.setLevel(logging.ERROR)
     try:
         return SentenceTransformer(name, device=device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(name).exists():
             raise ValueError(f"{name!r} is not a sentence-transformers model: {error}") from error
         raise FileNotFoundError(

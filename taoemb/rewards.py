@@ -99,7 +99,7 @@ class QualityReward:
 
     def __call__(self, *, item_positions: npt.NDArray[np.int64], **_: Any) -> FloatArray:
         """Quality of ``N`` candidates in [0, 1], NaN where it is unknown."""
-        return cast(FloatArray, self.quality_N[item_positions])
+        return self.quality_N[item_positions]
 
 
 class ExclusivityReward:
@@ -122,7 +122,7 @@ class ExclusivityReward:
         is 1 for an item outside the channel's Top-``top_n``."""
         texts = [query.text for query in queries]
         if self.mode == "lexical":
-            return cast(FloatArray, 1.0 - self.channel.term_overlap(texts, item_positions[:, None])[:, 0])
+            return 1.0 - self.channel.term_overlap(texts, item_positions[:, None])[:, 0]
         ids = np.array([[item.id] for item in items], dtype=object)
         return np.where(self.channel.membership(texts, ids, self.top_n)[:, 0], 0.0, 1.0).astype(np.float32)
 

@@ -37,6 +37,7 @@ class Tracker:
         start_step: the first step that will be logged; larger than 0 where a run resumes.
         total_steps: the length of the run, for the console's progress bar; None where it is not known.
         console_every: the console prints the metrics of every so many steps, and of the last one.
+        console_keys: the metrics that the console prints; None prints all.
 
     Raises:
         ValueError: an unknown or repeated backend, or a name that cannot name a file.
@@ -58,6 +59,7 @@ class Tracker:
         start_step: int = 0,
         total_steps: int | None = None,
         console_every: int = 10,
+        console_keys: Sequence[str] | None = None,
     ) -> None:
         unknown = [backend for backend in backends if backend not in get_args(Backend)]
         if unknown or len(set(backends)) != len(backends):
@@ -69,7 +71,7 @@ class Tracker:
             raise ValueError(f"got console_every={console_every}; allowed: 1 or more")
         logs = Path(run_dir) / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        run = _Run(logs, name, dict(config or {}), start_step, total_steps, console_every)
+        run = _Run(logs, name, dict(config or {}), start_step, total_steps, console_every, console_keys)
         with ExitStack() as opened:  # closes the backends already open where a later one cannot be opened
             self._backends: list[_Backend] = []
             for backend in backends:
@@ -117,6 +119,7 @@ class _Run:
     start_step: int
     total_steps: int | None
     console_every: int
+    console_keys: Sequence[str] | None
 
 
 class _Backend(Protocol):
@@ -137,7 +140,10 @@ class _Console:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._bar.update(max(0, step + 1 - self._bar.n))
         if step % self._run.console_every == 0 or step + 1 == self._run.total_steps:
-            values = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+            keys = (
+                metrics if self._run.console_keys is None else [key for key in self._run.console_keys if key in metrics]
+            )
+            values = "  ".join(f"{key} {metrics[key]:.4g}" for key in keys)
             tqdm.write(f"{self._run.name} step {step}  {values}", file=sys.stderr)
 
     def close(self) -> None:

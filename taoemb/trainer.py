@@ -32,6 +32,7 @@ from taoemb.store import EmbeddingStore, encode_corpus, ids_hash
 from taoemb.tracking import Backend, Tracker
 from taoemb.types import FloatArray, RewardFunction
 
+CONSOLE = ("loss", "reward/relevance/mean", "reward/quality/mean", "reward/exclusivity/mean", "kl", "overlap@K")
 PROBE = 256
 """Training queries on which the staleness of the index is measured at a refresh; our choice."""
 Policy = Literal["paper", "exact", "mixed", "positive_only", "kl_distill"]
@@ -45,11 +46,11 @@ class RetrievalGRPOConfig:
     policy: Policy = "mixed"
     """``paper`` as published, ``exact`` policy gradient, ``mixed`` of both, ``positive_only``; ``kl_distill`` is the rival
     without a policy gradient: it learns the softmax of the rewards."""
-    steps: int = 400
+    steps: int = 1000
     """Retrievals; each is followed by ``num_iterations`` optimiser steps."""
-    batch_size: int = 32
+    batch_size: int = 64
     """B: queries per step."""
-    num_candidates: int = 32
+    num_candidates: int = 16
     """K: candidates of a query's group."""
     overfetch: int = 1
     """The index proposes this many times K; above 1 the current encoder embeds them all once more and keeps its own Top-K.
@@ -68,7 +69,7 @@ class RetrievalGRPOConfig:
     """Clip range of the ratio upwards."""
     beta: float = 0.02
     """Weight of KL(policy || stage-1 policy)."""
-    infonce_weight: float = 0.3
+    infonce_weight: float = 0.5
     """Weight of stage 1's InfoNCE loss, the anchor that keeps the tail; 0 leaves it out (as published). The other queries'
     candidates serve as further negatives, which costs no encoding; a query's own are left to the policy."""
     global_negatives: int = 256
@@ -85,19 +86,19 @@ class RetrievalGRPOConfig:
     """Factor on negative advantages; ``positive_only`` is 0."""
     distill_temperature: float = 0.2
     """Temperature of the rewards' softmax in ``kl_distill``."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW: about 1e-3 for static embeddings, 1e-6 to 5e-6 for transformers."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW: about 3e-3 for static embeddings, 1e-6 to 5e-6 for transformers."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    refresh_steps: int = 20
+    refresh_steps: int = 100
     """Steps between re-encodings of the whole index; 0 never refreshes."""
     index_factory: str = "Flat"
     """FAISS factory string of the training index; ``Flat`` is exact."""
     chunk_size: int = 1024
     """Texts per forward and backward pass (GradCache); lower it when memory is short."""
-    save_steps: int = 50
+    save_steps: int = 100
     """Steps between checkpoints."""
     seed: int = 0
     """Of every random choice."""
@@ -121,7 +122,9 @@ class RetrievalGRPOConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
         if not 0 < self.epsilon < 1 or not self.epsilon_high > 0:
-            raise ValueError(f"epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: give 0 < epsilon < 1 and more than 0")
+            raise ValueError(
+                f"epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: give 0 < epsilon < 1 and more than 0"
+            )
 
 
 @dataclass
@@ -205,7 +208,7 @@ class RetrievalGRPOTrainer:
         self.item_encodings = len(store)
         start = self._restore(load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity))
         with Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,
-                     total_steps=config.steps, console_every=50) as tracker:  # fmt: skip
+                     total_steps=config.steps, console_every=50, console_keys=CONSOLE) as tracker:  # fmt: skip
             for step in range(start, config.steps):
                 self._seconds = {}
                 rng = np.random.default_rng([config.seed, step])
@@ -227,7 +230,9 @@ class RetrievalGRPOTrainer:
         if self.refresher.refresh_if_due(step):
             probe = self.encoder.encode_query([self.query_texts[q] for q in self.train_queries[:PROBE]])
             K = self.config.num_candidates
-            self._overlap = overlap(stale.search_positions(probe, K)[0], self.refresher.index.search_positions(probe, K)[0])
+            self._overlap = overlap(
+                stale.search_positions(probe, K)[0], self.refresher.index.search_positions(probe, K)[0]
+            )
 
     @torch.no_grad()
     def retrieve(self, rng: np.random.Generator) -> Group:
@@ -321,7 +326,7 @@ class RetrievalGRPOTrainer:
                 group.logp_old_BK = logp_BK.detach()
             objective, metrics = self.objective(logp_BK, group.logp_old_BK, torch.from_numpy(rewards).to(device))
             loss = -objective + config.beta * kl
-            if len(paired):
+            if self.positives is not None and len(paired):
                 masked = torch.from_numpy(self.positives.masked(group.queries[paired], positives, distinct)).to(device)
                 masked = masked.scatter(1, place_BK[torch.from_numpy(paired).to(device)], True)
                 nce = losses.info_nce(query_BD[torch.from_numpy(paired).to(device)], item_UD, own[: len(paired)],
@@ -332,7 +337,9 @@ class RetrievalGRPOTrainer:
                 drift = losses.anchor(query_BD, reference_BD) + losses.anchor(item_UD, reference_UD)
                 loss = loss + config.anchor_weight * drift
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {float(loss.detach())} ({metrics}); lower learning_rate or check the rewards")
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} ({metrics}); lower learning_rate or check the rewards"
+            )
         with self._timed("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
             cache.backward()

@@ -74,7 +74,9 @@ def test_T3_exact_weights_give_the_gradient_of_the_expected_reward(rewards_of):
     known = ~rewards_BK.isnan()
     policy_BK = torch.where(known, logp_BK.exp(), 0)
     mass_B = policy_BK.sum(-1).detach()
-    expected_reward = torch.where(known, policy_BK / policy_BK.sum(-1, keepdim=True) * rewards_BK.nan_to_num(), 0).sum(-1)
+    expected_reward = torch.where(known, policy_BK / policy_BK.sum(-1, keepdim=True) * rewards_BK.nan_to_num(), 0).sum(
+        -1
+    )
     (expected,) = gradient((mass_B * expected_reward).sum(), scores_BK)
 
     weights_BK = candidate_weights(logp_BK, POLICY_ETA["exact"])
@@ -155,7 +157,9 @@ class FrozenShop:
         self.group_BKD = self.item_ND[self.relevant][None]
         self.reward_BKR = torch.tensor([1.0 if attribute == 0 else 1 / 3 for _, attribute in items])[self.relevant]
         self.reward_BKR = self.reward_BKR[None, :, None].double()
-        self.start_BD = normalize(torch.eye(32, dtype=torch.float64)[:1] + torch.tensor(rng.normal(scale=0.02, size=32)), dim=-1)
+        self.start_BD = normalize(
+            torch.eye(32, dtype=torch.float64)[:1] + torch.tensor(rng.normal(scale=0.02, size=32)), dim=-1
+        )
 
     def recall(self, query_BD):
         top = (self.item_ND @ query_BD[0]).topk(int(self.relevant.sum())).indices

@@ -94,9 +94,11 @@ def table(**more):
 
 
 def test_quality_column():
-    assert item_quality(table(quality=[0.0, 0.2, 1.0, None])).tolist() == pytest.approx([0, 0.2, 1, math.nan], nan_ok=True)
+    assert item_quality(table(quality=[0.0, 0.2, 1.0, None])).tolist() == pytest.approx(
+        [0, 0.2, 1, math.nan], nan_ok=True
+    )
     assert item_quality(table(stars=[0.0, 0.2, 1.0, 0.5]), "stars").tolist() == [0, 0.2, 1, 0.5]
-    with pytest.raises(ValueError, match="'stars' ranges from 1 to 5.*scale it"):
+    with pytest.raises(ValueError, match=r"'stars' ranges from 1 to 5.*scale it"):
         item_quality(table(stars=[1, 2, 5, 5]), "stars")
 
 
@@ -112,7 +114,9 @@ def test_quality_without_a_column_is_the_percentile_of_completeness_within_the_c
 
 def test_gate():
     nan = math.nan
-    rewards = np.array([[0.9, 0.5, 0.4], [0.5, 0.7, 1.0], [0.49, 0.8, 1.0], [nan, 0.9, 1.0], [0.9, nan, 1.0]], np.float32)
+    rewards = np.array(
+        [[0.9, 0.5, 0.4], [0.5, 0.7, 1.0], [0.49, 0.8, 1.0], [nan, 0.9, 1.0], [0.9, nan, 1.0]], np.float32
+    )
     before = rewards.copy()
     gated = gate(rewards, 0, 0.5)
     expected = [[0.9, 0.5, 0.4], [0.5, 0.7, 1.0], [0.49, 0, 0], [nan, nan, nan], [0.9, nan, 1.0]]

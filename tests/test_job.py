@@ -1,0 +1,114 @@
+"""The main job on a small shop: what it leaves in the run folder, and that a stopped run ends as an uninterrupted one."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from taoemb.catalog import Catalog
+from taoemb.config import load_config
+from taoemb.encoder import Encoder
+from taoemb.job import TrainConfig, TrainJob
+from taoemb.trainer import RetrievalGRPOTrainer
+
+SYSTEMS = ["bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo"]
+
+
+@pytest.fixture
+def config(small_shop_folder, static_model):
+    return load_config(
+        TrainConfig,
+        None,
+        [
+            f"data={small_shop_folder}",
+            f"model={static_model}",
+            "trackers=[jsonl]",
+            "stage1.steps=6",
+            "stage1.batch_size=16",
+            "stage1.global_negatives=16",
+            "stage1.save_steps=4",
+            "stage2.steps=7",
+            "stage2.batch_size=8",
+            "stage2.num_candidates=6",
+            "stage2.global_negatives=8",
+            "stage2.refresh_steps=3",
+            "stage2.save_steps=2",
+        ],
+    )
+
+
+def test_a_run_folder_holds_what_is_promised(config, tmp_path):
+    run = tmp_path / "run"
+    TrainJob(config, run).run()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics["systems"]) == sorted(SYSTEMS)
+    for system in SYSTEMS:
+        assert {"ndcg@10", "recall@100", "goodrate@10", "quality@10"} <= metrics["systems"][system].keys()
+    assert metrics["systems"]["bm25"]["exclusive_goodrate@10"] == 0  # nothing is exclusive against itself
+    spent = metrics["item_encodings"]
+    assert abs(spent["stage1_continued"] / spent["retrieval_grpo"] - 1) < 0.1
+    assert "<html" in (run / "report.html").read_text()
+
+    texts = ["red shoes", "garden chair without arms"]
+    ours = Encoder(run / "model").encode_query(texts)
+    np.testing.assert_allclose(SentenceTransformer(str(run / "model")).encode_query(texts), ours, atol=1e-6)
+
+    before = (run / "metrics.json").read_bytes()
+    TrainJob(config, run).run()  # everything is there: only the comparison is made again
+    assert (run / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("stop", [0, 3, 6])
+def test_a_stopped_run_ends_as_an_uninterrupted_one(config, tmp_path, monkeypatch, stop):
+    TrainJob(config, tmp_path / "whole").run()
+    judge, calls = RetrievalGRPOTrainer.judge, 0
+
+    def interrupted(self, group):
+        nonlocal calls
+        calls += 1
+        if calls == stop + 1:
+            raise KeyboardInterrupt
+        return judge(self, group)
+
+    monkeypatch.setattr(RetrievalGRPOTrainer, "judge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        TrainJob(config, tmp_path / "stopped").run()
+    TrainJob(config, tmp_path / "stopped").run()
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "stopped")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+    def steps(run):
+        lines = (tmp_path / run / "logs" / "retrieval_grpo.jsonl").read_text().splitlines()
+        untimed = ("seconds/", "judge_")  # the judge's counters are of the process
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith(untimed)} for line in lines]
+
+    assert steps("whole") == steps("stopped")
+
+
+def test_other_settings_need_another_folder(config, tmp_path):
+    TrainJob(config, tmp_path)
+    changed = load_config(TrainConfig, tmp_path / "config.yaml", ["stage2.beta=0.5"])
+    with pytest.raises(ValueError, match=r"other settings \(stage2\.beta differ\)"):
+        TrainJob(changed, tmp_path)
+
+
+def test_a_folder_with_other_things_is_not_touched(config, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and no run folder"):
+        TrainJob(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_training_queries_are_written_when_there_are_none(small_shop, static_model, tmp_path):
+    test_only = small_shop.queries.select(split="test")
+    grades = {q: small_shop.qrels[q] for q in test_only.ids}
+    Catalog(small_shop.items, test_only, grades, metadata={"unjudged": 0}).save(tmp_path / "shop")
+    settings = [f"data={tmp_path / 'shop'}", f"model={static_model}", "generated_queries=50", "judge.kind=soft_logic"]
+    job = TrainJob(load_config(TrainConfig, None, settings), tmp_path / "run")
+    assert len(job.catalog.queries.select("train")) == 50
+    assert job.catalog.clicks.num_rows >= 50
+    assert set(job.test_queries.ids) == set(grades)
+    again = TrainJob(job.config, tmp_path / "run")
+    assert again.catalog.queries.texts == job.catalog.queries.texts
