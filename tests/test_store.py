@@ -1,0 +1,257 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import taoemb
+from taoemb.catalog import Items, ItemTemplate
+from taoemb.encoder import Encoder
+from taoemb.store import EmbeddingStore, StoreError, encode_corpus
+
+ROWS = 100  # of a shard: the 600 items of the small shop make 6
+
+
+class Counting(Encoder):
+    """Counts the shards that are encoded, and fails at one of them."""
+
+    def __init__(self, *args, fail_at=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls, self.fail_at = 0, fail_at
+
+    def encode_document(self, items, progress=False):
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return super().encode_document(items, progress)
+
+
+@pytest.fixture
+def items(small_shop):
+    return small_shop.items
+
+
+@pytest.fixture(scope="module")
+def wanted(static_model, small_shop):
+    encoder = Encoder(static_model)
+    return encoder.encode_document(ItemTemplate().texts(small_shop.items))
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def flip(path, at=-1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_store_holds_what_the_encoder_gives(static_model, items, wanted, tmp_path):
+    encoder = Encoder(static_model)
+    on_disk = encode_corpus(encoder, items, tmp_path / "s", shard_rows=ROWS)
+    in_memory = encode_corpus(encoder, items, shard_rows=250)
+    one_shard = encode_corpus(encoder, items, tmp_path / "one")
+    for store in (on_disk, in_memory, one_shard):
+        np.testing.assert_allclose(store.vectors, wanted, atol=1e-6)
+        assert store.ids == items.ids
+        assert (len(store), store.dimension, store.fingerprint) == (600, 16, encoder.fingerprint)
+        assert store.vectors.dtype == np.float32
+    assert [len(shard) for shard in on_disk.shards] == [100] * 6
+    assert [len(shard) for shard in in_memory.shards] == [250, 250, 100]
+    assert all(isinstance(shard, np.memmap) for shard in on_disk.shards)
+    assert one_shard.vectors is one_shard.shards[0]  # no copy of the memory map
+    assert isinstance(one_shard.vectors, np.memmap)
+
+
+@pytest.mark.parametrize("fail_at", range(6))
+def test_an_interrupted_encode_goes_on_at_its_shard(fail_at, static_model, items, wanted, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Counting(static_model, fail_at=fail_at), items, tmp_path, shard_rows=ROWS)
+    with pytest.raises(StoreError, match="is unfinished; run the same encode again"):
+        EmbeddingStore.open(tmp_path)
+    encoder = Counting(static_model)
+    store = encode_corpus(encoder, items, tmp_path, shard_rows=ROWS)
+    assert encoder.calls == 6 - fail_at
+    np.testing.assert_allclose(store.vectors, wanted, atol=1e-6)
+    names = {"ids.parquet", "manifest.json", *(f"shard-{i:05d}.npy" for i in range(6))}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+KILLED = """
+import os, signal, sys
+from taoemb import Catalog, Encoder, encode_corpus
+class Killed(Encoder):
+    calls = 0
+    def encode_document(self, items, progress=False):
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls += 1
+        return super().encode_document(items, progress)
+encode_corpus(Killed(sys.argv[1]), Catalog.load(sys.argv[2]).items, sys.argv[3], shard_rows=100)
+"""
+
+
+def test_a_killed_process_goes_on_at_its_shard(static_model, small_shop_folder, items, wanted, tmp_path):
+    root = str(Path(taoemb.__file__).parent.parent)
+    arguments = [sys.executable, "-c", KILLED, str(static_model), str(small_shop_folder), str(tmp_path / "s")]
+    done = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": root}, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    encoder = Counting(static_model)
+    store = encode_corpus(encoder, items, tmp_path / "s", shard_rows=100)
+    assert encoder.calls == 3
+    np.testing.assert_allclose(store.vectors, wanted, atol=1e-6)
+
+
+def test_a_kill_while_a_shard_is_written(static_model, items, wanted, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Counting(static_model, fail_at=2), items, tmp_path, shard_rows=ROWS)
+    (tmp_path / "shard-00002.npy.tmp").write_bytes(b"\x93NUMPY half of a sh")
+    np.testing.assert_allclose(encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS).vectors, wanted)
+
+
+def test_a_kill_before_the_first_shard(static_model, items, wanted, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Counting(static_model, fail_at=0), items, tmp_path, shard_rows=ROWS)
+    (tmp_path / "partial.json").unlink()  # as if killed one write earlier
+    np.testing.assert_allclose(encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS).vectors, wanted)
+
+
+def test_a_complete_store_is_not_encoded_again(static_model, items, tmp_path):
+    first = encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+    before = snapshot(tmp_path)
+    encoder = Counting(static_model, fail_at=0)
+    again = encode_corpus(encoder, items, tmp_path)
+    np.testing.assert_array_equal(again.vectors, first.vectors)
+    assert snapshot(tmp_path) == before
+
+
+def others(static_model, items):
+    """Encoders and items that a store of ``Encoder(static_model)`` over ``items`` is not of."""
+    moved = Encoder(static_model)
+    with torch.no_grad():
+        moved.model[0].embedding.weight[0, 0] += 1
+    titles = items.table.column("title").to_pylist()
+    titles[17] += " (new)"
+    edited = items.table.set_column(items.table.column_names.index("title"), "title", pa.array(titles))
+    return {
+        "weights": (moved, items),
+        "template": (Encoder(static_model, template=ItemTemplate(max_chars=20)), items),
+        "fewer items": (Encoder(static_model), items[:599]),
+        "another order": (Encoder(static_model), items[::-1]),
+        "an edited title": (Encoder(static_model), Items(edited)),
+    }
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("what", ["weights", "template", "fewer items", "another order", "an edited title"])
+def test_a_store_of_something_else_is_refused_and_kept(what, finished, static_model, items, tmp_path):
+    if finished:
+        encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            encode_corpus(Counting(static_model, fail_at=2), items, tmp_path, shard_rows=ROWS)
+    before = snapshot(tmp_path)
+    encoder, other_items = others(static_model, items)[what]
+    with pytest.raises(StoreError, match="of another encoder or catalog"):
+        encode_corpus(encoder, other_items, tmp_path, shard_rows=ROWS)
+    assert snapshot(tmp_path) == before
+
+
+def test_numbers_that_no_text_shows_do_not_matter(static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path)
+    repriced = items.table.drop_columns(["price"])
+    assert len(encode_corpus(Counting(static_model, fail_at=0), Items(repriced), tmp_path)) == 600
+
+
+def test_unfinished_work_keeps_its_shard_size(static_model, items, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Counting(static_model, fail_at=2), items, tmp_path, shard_rows=ROWS)
+    with pytest.raises(StoreError, match="shard_rows"):
+        encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=200)
+
+
+def test_shards_of_nobody_are_not_adopted(static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="delete the folder"):
+        encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+
+
+@pytest.mark.parametrize("name", ["shard-00000.npy", "shard-00005.npy", "ids.parquet"])
+@pytest.mark.parametrize("at", [-1, 0, 200])
+def test_one_flipped_bit_is_named(name, at, static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+    flip(tmp_path / name, at)
+    with pytest.raises(StoreError, match=f"{name} is corrupt"):
+        EmbeddingStore.open(tmp_path)
+    with pytest.raises(StoreError, match=f"{name} is corrupt"):  # not encoded over either
+        encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+
+
+def test_a_missing_shard_is_named(static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+    (tmp_path / "shard-00003.npy").unlink()
+    with pytest.raises(StoreError, match=r"shard-00003\.npy is missing"):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_what_is_no_store(tmp_path, static_model, items):
+    with pytest.raises(StoreError, match="is no store"):
+        EmbeddingStore.open(tmp_path)
+    encode_corpus(Encoder(static_model), items, tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(StoreError, match="has format 99"):
+        EmbeddingStore.open(tmp_path)
+    manifest.write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is corrupt"):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_an_embedding_that_is_no_number_names_its_item(static_model, items, tmp_path):
+    encoder = Encoder(static_model)
+    row = encoder.model[0].tokenizer.encode(items[207].title.split()[0]).ids[0]
+    with torch.no_grad():
+        encoder.model[0].embedding.weight[row] = float("nan")
+    with pytest.raises(StoreError, match="NaN or infinite embedding for item 'i0000"):
+        encode_corpus(encoder, items, tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_ids_and_vectors_must_match():
+    with pytest.raises(StoreError, match="2 ids but 3 vectors"):
+        EmbeddingStore(["a", "b"], [np.zeros((2, 4), np.float32), np.zeros((1, 4), np.float32)], "")
+
+
+def test_save_and_open(tmp_path):
+    rng = np.random.default_rng(0)
+    store = EmbeddingStore(["ü", "2", "0012"], [rng.normal(size=(n, 4)).astype(np.float32) for n in (2, 1)], "abc")
+    store.save(tmp_path / "s")
+    found = EmbeddingStore.open(tmp_path / "s")
+    assert (found.ids, found.fingerprint) == (store.ids, "abc")
+    np.testing.assert_array_equal(found.vectors, store.vectors)
+    found.save(tmp_path / "s")  # over the files that it reads
+    np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "s").vectors, store.vectors)
+    np.testing.assert_array_equal(found.vectors, store.vectors)
+
+
+def test_save_replaces_a_store_with_more_shards(static_model, items, tmp_path):
+    small = encode_corpus(Encoder(static_model), items, tmp_path, shard_rows=ROWS)
+    EmbeddingStore(small.ids, [np.asarray(small.vectors)], small.fingerprint).save(tmp_path)
+    found = EmbeddingStore.open(tmp_path)
+    assert len(found.shards) == 1
+    np.testing.assert_array_equal(found.vectors, small.vectors)
+
+
+def test_save_replaces_nothing_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        EmbeddingStore([], [], "").save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
