@@ -69,10 +69,10 @@ class RetrievalGRPOConfig:
     """Clip range of the ratio upwards."""
     beta: float = 0.02
     """Weight of KL(policy || stage-1 policy)."""
-    infonce_weight: float = 0.5
+    infonce_weight: float = 1.5
     """Weight of stage 1's InfoNCE loss, the anchor that keeps the tail; 0 leaves it out (as published). The other queries'
     candidates serve as further negatives, which costs no encoding; a query's own are left to the policy."""
-    global_negatives: int = 256
+    global_negatives: int = 512
     """Random items per step in InfoNCE."""
     anchor_weight: float = 0.0
     """Weight of mean(1 - cosine to the stage-1 embedding)."""

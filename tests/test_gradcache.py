@@ -36,7 +36,7 @@ def chunked(encoder, texts, chunk, steps=1):
         loss = loss_of(cache.encode(texts[0], "query"), cache.encode(texts[1], "document"))
         loss.backward()
         cache.backward()
-    return float(loss), gradients(encoder)
+    return float(loss.detach()), gradients(encoder)
 
 
 def assert_same(a, b):
@@ -51,7 +51,7 @@ def plain(encoder, texts):
     encoder.model.zero_grad()
     loss = loss_of(encoder.forward(texts[0], "query"), encoder.forward(texts[1], "document"))
     loss.backward()
-    return float(loss), gradients(encoder)
+    return float(loss.detach()), gradients(encoder)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 8, 19, PLAIN])
@@ -88,7 +88,7 @@ def one_graph_per_chunk(encoder, texts, chunk):
 
     loss = loss_of(embed(texts[0], "query"), embed(texts[1], "document"))
     loss.backward()
-    return float(loss), gradients(encoder)
+    return float(loss.detach()), gradients(encoder)
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 7, 8])  # at 7 and 8 the queries keep their graph, the items do not
