@@ -155,6 +155,7 @@ class ItemTemplate:
     attributes: tuple[str, ...] | None = None
     """Names of the attributes to show; None shows the first ``max_attributes`` that carry a word."""
     max_attributes: int = 12
+    """How many attributes are shown when ``attributes`` names none."""
     max_chars: int = 400
     """Length limit of the whole text; cut at a word boundary."""
 

@@ -229,6 +229,8 @@ def train(
 def _train(config: Any, out: Path) -> None:
     from taoemb.job import TrainJob
 
+    if not Path(config.data).is_dir():  # before the run folder is claimed with a mistyped name
+        raise FileNotFoundError(f"{config.data} is not a folder; give a catalog folder with --data")
     start = time.perf_counter()
     job = TrainJob(config, out)
     comparison = job.run()
