@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -70,15 +71,20 @@ def test_a_kill_at_either_rename_keeps_a_complete_folder(rename, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["X"]
 
 
-def test_a_kill_after_the_renames_keeps_the_new_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("recover", [True, False])
+def test_a_kill_after_the_renames_keeps_the_new_folder(recover, tmp_path, monkeypatch):
     fill(tmp_path / "X", "one")
     with monkeypatch.context() as patched:
-        real = __import__("shutil").rmtree
+        real = shutil.rmtree
         patched.setattr("shutil.rmtree", lambda path, **k: None if str(path).endswith("old") else real(path, **k))
         fill(tmp_path / "X", "two")
     assert len(list(tmp_path.iterdir())) == 2
-    recover_folder(tmp_path / "X")
-    assert content(tmp_path / "X") == {"marker": "two", "deep/file": "two"}
+    if recover:
+        recover_folder(tmp_path / "X")
+        assert content(tmp_path / "X") == {"marker": "two", "deep/file": "two"}
+    else:  # what the next replacement does first
+        fill(tmp_path / "X", "three")
+        assert content(tmp_path / "X") == {"marker": "three", "deep/file": "three"}
     assert [path.name for path in tmp_path.iterdir()] == ["X"]
 
 

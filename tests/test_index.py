@@ -8,6 +8,7 @@ import pytest
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex
 from taoemb.index.refresh import IndexRefresher, build_index, load_index, overlap
+from taoemb.index.results import check_vectors
 from taoemb.store import EmbeddingStore
 
 N, D = 500, 16
@@ -246,11 +247,20 @@ def test_deterministic_build_gives_the_same_bytes(string, tmp_path):
     assert (tmp_path / "a" / "index.faiss").read_bytes() == (tmp_path / "b" / "index.faiss").read_bytes()
 
 
-def test_build_leaves_the_number_of_threads():
+def test_a_deterministic_build_adds_in_one_thread_and_leaves_their_number(monkeypatch):
+    seen = []
+
+    def spy(vectors, ids):  # runs before each add
+        seen.append(faiss.omp_get_max_threads())
+        return check_vectors(vectors, ids)
+
+    monkeypatch.setattr("taoemb.index.faiss_index.check_vectors", spy)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(2)
     try:
         VectorIndex.build(store(), "HNSW8", deterministic=True)
+        VectorIndex.build(store(), "HNSW8")
+        assert seen == [1, 1, 1, 2, 2, 2]
         assert faiss.omp_get_max_threads() == 2
     finally:
         faiss.omp_set_num_threads(before)
