@@ -7,7 +7,6 @@ Everything is columnar (pyarrow), so that a catalog of a million items costs its
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -463,8 +462,3 @@ def _qrels_table(qrels: Mapping[str, Mapping[str, int]]) -> pa.Table:
         "grade": pa.array([p[2] for p in pairs], pa.int64()),
     }
     return pa.table(columns)
-
-
-def is_missing(value: float | None) -> bool:
-    """Whether a numeric cell is empty (None or NaN)."""
-    return value is None or math.isnan(value)

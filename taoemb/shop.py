@@ -121,12 +121,14 @@ def _zipf(n: int, exponent: float) -> FloatArray:
 def _quality_signals(truth: Truth, rng: np.random.Generator) -> dict[str, FloatArray]:
     """Rating, reviews, sales, return rate, and quality in [0, 1].
 
-    One hidden merit drives them all, with noise. ``quality`` is the weighted mean (.5, .3, .2 in ``rules.yaml``) of the
-    percentiles of rating, sales and reversed return rate among items of the same type, so that no type is better than
-    another and quality says nothing about relevance.
+    One hidden merit drives them all, with noise. A share of it is the brand's reputation, so that quality can in part be
+    read off the text and an encoder can learn it instead of learning items by heart. ``quality`` is the weighted mean (.5,
+    .3, .2 in ``rules.yaml``) of the percentiles of rating, sales and reversed return rate among items of the same type, so
+    that no type is better than another and quality says nothing about relevance.
     """
-    n = len(truth)
-    merit = rng.normal(size=n)
+    n, share = len(truth), truth.ontology.rules["reputation"]
+    reputation = rng.normal(size=len(truth.ontology.brand_ids))
+    merit = np.sqrt(share) * reputation[truth.brands] + np.sqrt(1 - share) * rng.normal(size=n)
     rating = np.clip(5 - rng.gamma(2.0, 0.28, size=n) * np.exp(-0.35 * merit), 1, 5).round(1)
     sales = np.floor(np.exp(3.2 + 0.5 * merit + rng.normal(scale=1.3, size=n)))
     reviews = rng.binomial(sales.astype(np.int64), rng.beta(2, 12, size=n)).astype(np.float64)

@@ -46,11 +46,11 @@ class RetrievalGRPOConfig:
     policy: Policy = "mixed"
     """``paper`` as published, ``exact`` policy gradient, ``mixed`` of both, ``positive_only``; ``kl_distill`` is the rival
     without a policy gradient: it learns the softmax of the rewards."""
-    steps: int = 1000
+    steps: int = 700
     """Retrievals; each is followed by ``num_iterations`` optimiser steps."""
     batch_size: int = 64
     """B: queries per step."""
-    num_candidates: int = 16
+    num_candidates: int = 32
     """K: candidates of a query's group."""
     overfetch: int = 1
     """The index proposes this many times K; above 1 the current encoder embeds them all once more and keeps its own Top-K.

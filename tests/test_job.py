@@ -1,5 +1,6 @@
 """The main job on a small shop: what it leaves in the run folder, and that a stopped run ends as an uninterrupted one."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -112,3 +113,21 @@ def test_training_queries_are_written_when_there_are_none(small_shop, static_mod
     assert set(job.test_queries.ids) == set(grades)
     again = TrainJob(job.config, tmp_path / "run")
     assert again.catalog.queries.texts == job.catalog.queries.texts
+
+
+def test_a_policys_name_is_a_row_that_differs_in_the_policy_alone(config, tmp_path):
+    rows = load_config(TrainConfig, None, [f"data={config.data}", "systems=[stage1,retrieval_grpo,paper,kl_distill]"])
+    job = TrainJob(dataclasses.replace(config, systems=rows.systems), tmp_path / "run")
+    job.run()
+    alone = dataclasses.replace(config.stage2, policy="paper")
+    encoder = job.encoder("stage1")
+    RetrievalGRPOTrainer(encoder, job.catalog, *job._rewards(alone), alone, run_dir=tmp_path / "alone").train()
+    assert job.encoder("paper").fingerprint == encoder.fingerprint
+    systems = json.loads((tmp_path / "run" / "metrics.json").read_text())["systems"]
+    assert set(systems) == {"stage1", "retrieval_grpo", "paper", "kl_distill"}
+    assert systems["paper"] != systems["retrieval_grpo"]
+
+
+def test_the_policy_of_retrieval_grpo_is_no_row_of_its_own(config):
+    with pytest.raises(ValueError, match="'mixed', which is the policy of 'retrieval_grpo' already"):
+        dataclasses.replace(config, systems=("stage1", "retrieval_grpo", "mixed"))

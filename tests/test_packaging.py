@@ -123,7 +123,7 @@ def test_requirements_are_ranges_that_the_tried_versions_satisfy(wheel: Path) ->
 
 
 def test_importing_taoemb_loads_no_heavy_package() -> None:
-    heavy = ("torch", "faiss", "sentence_transformers", "transformers", "pyarrow", "numpy", "matplotlib")
+    heavy = ("torch", "faiss", "sentence_transformers", "transformers", "pyarrow", "numpy")
     code = f"import sys, taoemb, taoemb.index; dir(taoemb); print([m for m in {heavy} if m in sys.modules])"
     assert python(code, ROOT, ROOT) == "[]"
 

@@ -335,6 +335,16 @@ def test_quality_formula_and_independence_of_relevance_and_length(large):
     assert abs(np.corrcoef(lengths, quality)[0, 1]) < 0.03
 
 
+def test_a_part_of_quality_is_the_brands(large):
+    quality = large.catalog.items.column("quality")
+    brands = np.array(large.truth.column("brand").to_pylist())
+    means = {brand: quality[brands == brand].mean() for brand in set(brands)}
+    explained = np.var([means[brand] for brand in brands]) / np.var(quality)
+    shuffled = np.random.default_rng(0).permutation(quality)
+    chance = np.var([shuffled[brands == brand].mean() for brand in brands]) / np.var(quality)
+    assert chance + 0.05 < explained < 0.35
+
+
 # Clicks -----------------------------------------------------------------------------------------------------
 
 
