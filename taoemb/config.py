@@ -195,7 +195,7 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     names = dotted.strip().split(".")
     if not equals or not all(names):
-        raise ConfigError("", f"cannot read the override {override!r}; write key=value, such as optimizer.lr=0.001")
+        raise ConfigError("", f"cannot read the override {override!r}; write KEY=VALUE, for example stage2.steps=200")
     for depth, name in enumerate(names[:-1], start=1):
         inner = mapping.get(name)
         if isinstance(inner, _Override):

@@ -83,7 +83,7 @@ class TrainConfig:
     template: ItemTemplate = field(default_factory=ItemTemplate)
     """How an item becomes the text that the encoder and BM25 read."""
     generated_queries: int = 4000
-    """Training queries to write when the catalog has none of split ``train``."""
+    """Training queries to write when the catalog has none of split ``train``; fewer where its items do not give as many."""
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
     """Rows of the comparison. The name of a policy (``stage2.policy``) adds a row that differs from ``retrieval_grpo`` in
     that alone; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
@@ -147,7 +147,9 @@ class TrainJob:
         file = self.run_dir / "config.yaml"
         if file.exists():
             changed = diff(load_config(TrainConfig, file), self.config)
-            if changed:
+            if changed and [path.name for path in self.run_dir.iterdir()] == [file.name]:  # a mistyped model, say
+                save_config(self.config, file)
+            elif changed:
                 raise ValueError(f"{self.run_dir} was started with other settings ({', '.join(changed)} differ); repeat "
                                  "them to go on, or give another folder with --out")  # fmt: skip
             return
@@ -162,7 +164,8 @@ class TrainJob:
             return catalog
         folder = self.run_dir / "queries"
         if not (folder / "clicks.parquet").exists():
-            written = generate_queries(catalog.items, self.config.generated_queries, self.config.stage1.seed)
+            written = generate_queries(catalog.items, self.config.generated_queries, self.config.stage1.seed,
+                                       allow_fewer=True)  # fmt: skip
             folder.mkdir(exist_ok=True)
             write_table(written.queries.to_table(), folder / "queries.parquet")
             write_table(written.clicks, folder / "clicks.parquet")

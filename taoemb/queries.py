@@ -70,7 +70,13 @@ class _Draft:
 
 
 def generate_queries(
-    items: Items, n: int, seed: int = 0, *, forms: Mapping[str, float] = FORMS, noise: bool = True
+    items: Items,
+    n: int,
+    seed: int = 0,
+    *,
+    forms: Mapping[str, float] = FORMS,
+    noise: bool = True,
+    allow_fewer: bool = False,
 ) -> GeneratedQueries:
     """Write ``n`` queries with distinct texts; the same items, ``n`` and seed give the same queries.
 
@@ -79,7 +85,7 @@ def generate_queries(
     ``attributes``. With the same seed a smaller ``n`` gives the first of the same texts.
 
     Raises ValueError when ``n`` or ``forms`` make no sense, and when the catalog does not give ``n`` distinct queries
-    (the message says how many it gives).
+    (the message says how many it gives), unless ``allow_fewer`` and it gives at least one.
     """
     if n < 1:
         raise ValueError(f"n={n}: ask for at least 1 query")
@@ -99,7 +105,7 @@ def generate_queries(
                 drafts[text] = _Draft(form, {**intent, "source": item.id})
                 idle = 0
             drafts[text].sources[item.id] += 1
-    if len(drafts) < n:
+    if len(drafts) < (1 if allow_fewer else n):
         raise ValueError(
             f"{len(items)} items give {len(drafts)} distinct queries (seed {seed}), not {n}; "
             f"ask for at most {len(drafts)} or add items"

@@ -230,7 +230,7 @@ def test_an_override_can_enter_what_another_one_set() -> None:
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("steps", "cannot read the override 'steps'; write key=value"),
+        ("steps", "cannot read the override 'steps'; write KEY=VALUE"),
         ("=3", "cannot read the override"),
         ("optimizer..lr=3", "cannot read the override"),
         ("optimizer.lr=fast", "optimizer.lr: got 'fast' (str); allowed: float"),

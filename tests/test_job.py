@@ -88,8 +88,10 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(config, tmp_path, monkeypatc
     assert steps("whole") == steps("stopped")
 
 
-def test_other_settings_need_another_folder(config, tmp_path):
+def test_other_settings_need_another_folder_once_there_is_something_in_it(config, tmp_path):
+    TrainJob(dataclasses.replace(config, model="mistyped"), tmp_path)
     TrainJob(config, tmp_path)
+    (tmp_path / "models").mkdir()
     changed = load_config(TrainConfig, tmp_path / "config.yaml", ["stage2.beta=0.5"])
     with pytest.raises(ValueError, match=r"other settings \(stage2\.beta differ\)"):
         TrainJob(changed, tmp_path)

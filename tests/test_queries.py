@@ -148,6 +148,7 @@ def test_a_catalog_that_cannot_give_so_many_says_how_many_it_gives():
         generate_queries(items, 100_000, seed=3)
     most = int(str(error.value).split(" give ")[1].split()[0])
     assert len(generate_queries(items, most, seed=3).queries) == most
+    assert len(generate_queries(items, 100_000, seed=3, allow_fewer=True).queries) == most
 
 
 @pytest.mark.parametrize("bad", [{"n": 0}, {"n": 5, "forms": {"riddle": 1.0}}, {"n": 5, "forms": {"type": 0.0}}])
