@@ -22,6 +22,8 @@ Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 OURS, BASELINE, CONTROL = "retrieval_grpo", "stage1", "stage1_continued"
 SYSTEMS = ("bm25", "untrained", BASELINE, CONTROL, "kl_distill", OURS)
 """Order of the systems that a run may have; the place is also the colour. Others come before ``retrieval_grpo``."""
+POLICIES = ("paper", "exact", "mixed", "positive_only")
+"""Policies that a run may have as further rows, in the order of the remaining colours."""
 
 WIDTH = 360
 LEFT, RIGHT, TOP, BOTTOM = 42, 8, 8, 22
@@ -100,7 +102,8 @@ def ordered_systems(names: Iterable[str]) -> list[str]:
 
 def color_of(system: str) -> int:
     """Palette index of a system, the same in every chart and every run."""
-    return SYSTEMS.index(system) if system in SYSTEMS else 6 + sum(system.encode()) % 4
+    known = (*SYSTEMS, *POLICIES)
+    return known.index(system) if system in known else len(SYSTEMS) + sum(system.encode()) % len(POLICIES)
 
 
 def missing(text: str) -> str:
