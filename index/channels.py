@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from taoemb.files import recover_folder, replace_folder
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
@@ -133,6 +133,11 @@ class BM25Channel:
             scores_BK[row, : len(positions)] = scores[positions]
         return ids_BK, scores_BK
 
+    def scores(self, query: str, positions: npt.NDArray[np.integer[Any]]) -> FloatArray:
+        """BM25 score of the items at these catalog positions, 0 for one without a common term."""
+        scores: FloatArray = self._scores(query)[positions]
+        return scores
+
     def top(self, queries: Sequence[str], n: int) -> list[list[str]]:
         """Item ids of the Top-n of each query text, best first; at most ``n`` of them, possibly none.
 
@@ -211,15 +216,6 @@ class BM25Channel:
         It is written beside and renamed; an older channel in the folder is replaced. Raises ``FileExistsError`` when
         the folder holds anything else.
         """
-        folder = Path(folder)
-        if folder.exists() and not (folder / _SETTINGS).is_file() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} holds files that are no BM25 channel; choose another folder")
-        beside, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
-        if self._retriever is not None:
-            self._retriever.save(str(beside))
         settings = {
             "format": _FORMAT,
             "name": self._name,
@@ -227,11 +223,10 @@ class BM25Channel:
             "indexed": self._retriever is not None,
             "ids": self._ids.tolist(),
         }
-        (beside / _SETTINGS).write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with replace_folder(Path(folder), _SETTINGS) as beside:
+            if self._retriever is not None:
+                self._retriever.save(str(beside))
+            (beside / _SETTINGS).write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> BM25Channel:
@@ -240,6 +235,7 @@ class BM25Channel:
         Raises ``FileNotFoundError`` where there is none, ``ValueError`` for another version's file format, and
         ``ImportError`` when it was stemmed and PyStemmer is missing.
         """
+        recover_folder(Path(folder))
         path = Path(folder) / _SETTINGS
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; {folder} holds no saved BM25 channel")

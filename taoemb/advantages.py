@@ -55,9 +55,14 @@ def normalize(values_BK: Tensor, weights_BK: Tensor, scale: Scale = "group", std
 
 
 def total_reward(rewards_BKR: Tensor, reward_weights_R: Tensor) -> Tensor:
-    """``sum_r w_r r_r``, ``[B, K]``; NaN where a reward with a weight has abstained."""
+    """``sum_r w_r r_r``, ``[B, K]``. A reward that has abstained counts as its mean in the group (0 where it has abstained
+    in all of it), so that it speaks neither for nor against the candidate; NaN where every reward with a weight has
+    abstained."""
     used = reward_weights_R != 0
-    return (rewards_BKR[..., used] * reward_weights_R[used]).sum(-1)
+    rewards = rewards_BKR[..., used]
+    means = torch.nan_to_num(rewards.nanmean(1, keepdim=True), nan=0.0)
+    total = (torch.where(rewards.isnan(), means, rewards) * reward_weights_R[used]).sum(-1)
+    return torch.where(rewards.isnan().all(-1), torch.nan, total)
 
 
 def group_advantages(

@@ -91,7 +91,7 @@ def load_checkpoint(
     torch.set_rng_state(saved["rng"]["cpu"])
     if "cuda" in saved["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
-    index = load_index(folder / "index") if state["has_index"] else None
+    index = load_index(folder / "index", str(encoder.device)) if state["has_index"] else None
     return Checkpoint(state["step"], state["extra"], index)
 
 

@@ -47,7 +47,8 @@ def _told_apart(command: F) -> F:
             typer.echo(f"error: {text}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
-            typer.echo("interrupted: the same command goes on from the last checkpoint", err=True)
+            resumes = command.__name__ in ("demo", "train", "encode")
+            typer.echo("interrupted" + ": the same command goes on from where it was" * resumes, err=True)
             raise typer.Exit(130) from None
 
     return run  # type: ignore[return-value]
@@ -92,11 +93,13 @@ def data_shop(
 
 
 def _write_shop(out: Path, items: int, seed: int) -> None:
+    from taoemb.files import replace_folder
     from taoemb.shop import generate_shop
 
     start = time.perf_counter()
     shop = generate_shop(items, seed)
-    shop.save(out)
+    with replace_folder(out, "truth.parquet") as beside:  # somebody's own catalog is no generated shop
+        shop.save(beside)
     catalog = shop.catalog
     grades = sum(len(graded) for graded in catalog.qrels.values())
     typer.echo(f"{out}: {len(catalog.items):,} items, {len(catalog.queries):,} queries, {grades:,} grades "
@@ -244,9 +247,10 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or hub ids; RUN/model for a trained run.")],
     data: Annotated[Path, typer.Option(help="Catalog folder with queries and qrels.")],
     split: Annotated[str, typer.Option(help="Queries of this split that have grades; empty for all.")] = "test",
+    quality_column: Annotated[str, typer.Option(help="Numeric item column in [0, 1].")] = "quality",
 ) -> None:
     """Compare models and BM25 on a catalog's graded queries."""
-    from taoemb.catalog import Catalog, ItemTemplate
+    from taoemb.catalog import Catalog
     from taoemb.comparison import compare
     from taoemb.encoder import Encoder
     from taoemb.index.channels import BM25Channel
@@ -264,10 +268,10 @@ def evaluate(
     for name in models:
         encoder = Encoder(name)
         encoders[name] = encoder, ExactIndex.build(encode_corpus(encoder, catalog.items))
-    texts = ItemTemplate().texts(catalog.items)
+    texts = next(iter(encoders.values()))[0].template.texts(catalog.items)  # what the first model reads
     bm25 = BM25Channel.build(catalog.items.ids, texts)
     comparison = compare(catalog, catalog.queries.select(ids=graded), encoders, bm25, channel=bm25,
-                         quality_N=item_quality(catalog.items), top_n=100)  # fmt: skip
+                         quality_N=item_quality(catalog.items, quality_column), top_n=100)  # fmt: skip
     typer.echo(comparison.text())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from taoemb.index.channels import BM25Channel
 from taoemb.index.exact import ExactIndex
 from taoemb.index.results import SearchResult
 from taoemb.tables import write_table
+from taoemb.types import FloatArray
 
 DEPTH = 100
 """Ranks of a run that are evaluated."""
@@ -26,8 +27,6 @@ METRICS = (
     "ndcg@10", "recall@100", "hit_rate@100", "mrr@10", "goodrate@10", "quality@10", "good_quality@10", "overlap@10",
     "exclusive_goodrate@10",
 )  # fmt: skip
-POOLED_METRICS = ("condensed_ndcg@10", "judged@10", "auc")
-"""Reported too where most pairs are unjudged: the plain figures then favour the system that filled the pool."""
 OURS, BASELINE = "retrieval_grpo", "stage1"
 EXAMPLES = 12
 
@@ -166,31 +165,23 @@ def compare(
 ) -> Comparison:
     """Search the test queries with every system by exact search and evaluate the runs against the catalog's grades.
 
-    ``channel`` is the recall channel for overlap and exclusive good rate, with its Top-``top_n``.
+    Where most pairs are unjudged the plain figures favour the system that filled the pool: ``judged@10``,
+    ``condensed_ndcg@10`` and ``auc`` are reported too. ``channel`` is the recall channel for overlap and exclusive good rate, with its Top-``top_n``.
     """
     pooled = catalog.unjudged is None
-    metrics = (*METRICS, *POOLED_METRICS) if pooled else METRICS
+    metrics = (*METRICS, "judged@10") if pooled else METRICS
     channel_top = dict(zip(queries.ids, channel.top(queries.texts, top_n), strict=True))
     quality = {i: float(q) for i, q in zip(catalog.items.ids, quality_N, strict=True) if np.isfinite(q)}
-    depth = len(catalog.items) if pooled else DEPTH  # the AUC needs the score of every judged item
+    grades = {query: catalog.qrels.get(query, {}) for query in queries.ids}
+    places = [catalog.items.positions(list(graded)) for graded in grades.values()]
     evaluations: dict[str, Evaluation] = {}
     lists: dict[str, Lists] = {}
-    results: dict[str, SearchResult] = {}
-    if bm25 is not None:
-        results["bm25"] = bm25.search(queries.texts, depth)
-    for name, (encoder, index) in encoders.items():
-        results[name] = index.search(encoder.encode_query(queries.texts), depth)
-    grades = {query: catalog.qrels.get(query, {}) for query in queries.ids}
-    for name, (ids_QK, scores_QK) in results.items():
-        run: dict[str, dict[str, float]] = {}
-        for query, ids, scores in zip(queries.ids, ids_QK.tolist(), scores_QK.tolist(), strict=True):
-            found = {i: s for i, s in zip(ids, scores, strict=True) if i}
-            kept = dict(list(found.items())[:DEPTH])
-            if pooled:  # an item that BM25 does not find has no common term: score 0, below every ranked one
-                kept |= {i: found.get(i, 0.0) for i in grades[query]}
-            run[query] = kept
+
+    def add(name: str, found: SearchResult, graded_scores: Iterable[FloatArray], floor: float) -> None:
+        rows = zip(queries.ids, found[0].tolist(), found[1].tolist(), strict=True)
+        run = {query: {i: s for i, s in zip(ids, scores, strict=True) if i} for query, ids, scores in rows}
         lists[name] = [list(run[q])[:10] for q in queries.ids], [list(run[q].values())[:10] for q in queries.ids]
-        evaluations[name] = evaluate(
+        result = evaluate(
             run,
             grades,
             metrics=metrics,
@@ -199,4 +190,21 @@ def compare(
             channels={channel.name: channel_top},
             queries=queries.ids,
         )
+        if pooled:  # these read the graded items alone, however far down they are
+            pool = {
+                q: dict(zip(grades[q], s.tolist(), strict=True)) for q, s in zip(grades, graded_scores, strict=True)
+            }
+            ranked = {q: {i: s for i, s in scores.items() if s > floor} for q, scores in pool.items()}
+            for metric, whole in (("condensed_ndcg@10", ranked), ("auc", pool)):
+                more = evaluate(whole, grades, metrics=[metric], unjudged=None, queries=queries.ids)
+                result.per_query[metric] = more.per_query[metric]
+        evaluations[name] = result
+
+    if bm25 is not None:  # an item without a common term has score 0: it is no result, and below all others in the AUC
+        rows = zip(queries.texts, places, strict=True)
+        add("bm25", bm25.search(queries.texts, DEPTH), (bm25.scores(text, graded) for text, graded in rows), 0.0)
+    for name, (encoder, index) in encoders.items():
+        query_QD = encoder.encode_query(queries.texts)
+        scores = (index.vectors[graded] @ vector for vector, graded in zip(query_QD, places, strict=True))
+        add(name, index.search(query_QD, DEPTH), scores, -np.inf)
     return Comparison(catalog, queries, evaluations, lists, channel_top, quality)

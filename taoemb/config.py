@@ -148,7 +148,7 @@ def _coerce(value: Any, hint: Any, key: str, default: Any, root: type[Any]) -> A
         return _coerce_container(value, hint, key, root)
     if hint is types.NoneType and value is None:
         return None
-    if hint is float and type(value) in (int, float) and not math.isnan(value):
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if hint in (bool, int) and type(value) is hint:
         return value

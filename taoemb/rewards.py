@@ -34,7 +34,8 @@ class RewardConfig:
     exclusivity: float = 0.2
     """Weight of exclusivity in [0, 1]; 0 leaves it out."""
     gate: bool = True
-    """Quality and exclusivity count only for candidates whose relevance reaches ``gate_threshold``; off as published."""
+    """Quality and exclusivity count only for candidates whose relevance reaches ``gate_threshold``; off as published.
+    Relevance is the reward function of that name; without one nothing is gated."""
     gate_threshold: float = 0.5
     """Lowest relevance of a good item: half way between the values of grades 1 (.33) and 2 (.67)."""
     quality_column: str = "quality"
@@ -131,9 +132,13 @@ def item_quality(items: Items, column: str = "quality") -> npt.NDArray[np.float6
     """Quality of every item in [0, 1]: the column, or without one the percentile, within the item's category, of how
     many fields and attributes are filled in (a proxy of our choice, for catalogs without ratings or sales).
 
-    Raises ValueError when the column leaves [0, 1].
+    Raises ValueError when the column leaves [0, 1], or when one was asked for by name and is not there.
     """
     values = items.column(column)
+    if values is None and column != RewardConfig.quality_column:
+        raise ValueError(
+            f"quality_column={column!r}: the items have no such column; they have {items.table.column_names}"
+        )
     if values is not None:
         if np.nanmin(values) < 0 or np.nanmax(values) > 1:
             raise ValueError(f"item column {column!r} ranges from {np.nanmin(values):g} to {np.nanmax(values):g}; "

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from taoemb.encoder import Encoder
 
 FORMAT = 1
+KIND = "embedding store"
 SHARD_ROWS = 16_384
 """Rows of a shard, the unit that a resumed encode does not repeat; our choice."""
 
@@ -89,7 +90,7 @@ class EmbeddingStore:
 
         Raises FileExistsError where the folder holds anything but a finished store.
         """
-        with replace_folder(Path(folder), "manifest.json") as beside:
+        with replace_folder(Path(folder), "manifest.json", KIND) as beside:
             _write_ids(beside, self.ids)
             for number, shard in enumerate(self.shards):
                 _write_shard(beside, number, shard)
@@ -152,6 +153,7 @@ def ids_hash(ids: Sequence[str]) -> str:
 
 def _identity(ids: Sequence[str], fingerprint: str, dimension: int) -> dict[str, Any]:
     return {
+        "kind": KIND,
         "format": FORMAT,
         "fingerprint": fingerprint,
         "ids_hash": ids_hash(ids),
@@ -226,6 +228,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         what = "is unfinished; run the same encode again" if (folder / "partial.json").exists() else "is no store"
         raise StoreError(f"{folder} {what} (no manifest.json)")
     manifest: dict[str, Any] = read_json(file)
+    if manifest.get("kind") != KIND:
+        raise StoreError(f"{folder} is a {manifest.get('kind', 'folder of another kind')}, no {KIND}")
     if manifest.get("format") != FORMAT:
         raise StoreError(f"{file} has format {manifest.get('format')!r}; this version reads {FORMAT}: encode again")
     return manifest

@@ -119,9 +119,9 @@ class RetrievalGRPOConfig:
             raise ValueError(f"random_candidates={self.random_candidates}: give 0 to num_candidates - 1")
         for name in ("beta", "infonce_weight", "anchor_weight", "std_floor", "global_negatives", "neg_adv_weight",
                      "refresh_steps"):  # fmt: skip
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
-        if not 0 < self.epsilon < 1 or not self.epsilon_high > 0:
+        if not 0 < self.epsilon < 1 or not 0 < self.epsilon_high < np.inf:
             raise ValueError(
                 f"epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: give 0 < epsilon < 1 and more than 0"
             )
@@ -180,7 +180,7 @@ class RetrievalGRPOTrainer:
         self.positives = self._known_positives()
         self.item_encodings = 0
         self._running_std_R = torch.zeros(len(self.reward_functions))
-        self._overlap = 1.0
+        self._overlap: float | None = None  # not measured yet
         self._seconds: dict[str, float] = {}
 
     def _known_positives(self) -> Positives | None:
@@ -243,6 +243,10 @@ class RetrievalGRPOTrainer:
             query_BD = self.encoder.forward([self.query_texts[q] for q in queries], "query")
             K = min(config.num_candidates, size)
             proposed, scores = self.refresher.index.search_positions(query_BD.cpu().numpy(), config.overfetch * K)
+            missing = proposed < 0  # an approximate index may find fewer
+            if missing.any():
+                proposed = np.where(missing, rng.integers(size, size=proposed.shape), proposed)
+                scores = np.where(missing, np.float32(-2), scores)
             drawn = rng.integers(size, size=(len(queries), config.random_candidates))
             sampled = self._sample_positives(queries, rng)
             pool_BM = np.concatenate([proposed, drawn, sampled[:, None]], axis=1)
@@ -257,7 +261,7 @@ class RetrievalGRPOTrainer:
             scores_BM = torch.from_numpy(np.concatenate([scores, unscored], axis=1))
         unusable_BM = _absent_or_repeated(pool_BM)
         scores_BM[torch.from_numpy(unusable_BM)] = -torch.inf
-        K = min(K, int((~unusable_BM[:, :-1]).sum(1).min()))  # an approximate index may find fewer
+        K = min(K, int((~unusable_BM[:, :-1]).sum(1).min()))  # what was drawn at random may repeat
         chosen = self._choose(scores_BM, pool_BM, queries, K).numpy()
         return Group(queries, np.take_along_axis(pool_BM, chosen, 1))
 
@@ -407,7 +411,9 @@ class RetrievalGRPOTrainer:
         counts = np.unique(group.items_BK, return_counts=True)[1]
         spread = counts.std()
         metrics["hubness_skew"] = float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0
-        metrics["overlap@K"], metrics["index_age"] = self._overlap, float(step - self.refresher.built_at)
+        if self._overlap is not None:
+            metrics["overlap@K"] = self._overlap
+        metrics["index_age"] = float(step - self.refresher.built_at)
         for function in self.reward_functions:
             if isinstance(function, RelevanceReward):
                 metrics["judge_calls"] = float(function.calls)

@@ -220,19 +220,23 @@ def test_all_abstain(aggregation, scale):
 
 
 def test_one_objective_abstains():
-    """Normalised first, the candidate keeps its advantage from the others; summed first, its total is unknown."""
+    """Normalised first, the candidate keeps its advantage from the others; summed first, it counts as the mean."""
     rewards = [[[0.0, NAN], [1.0, 1.0], [2.0, 0.0]]]
     first = advantages(rewards, aggregation="normalize_then_sum", scale="none")
     assert first[0].tolist() == pytest.approx([-1, 0 + 0.5, 1 - 0.5])
     summed = advantages(rewards, aggregation="sum_then_normalize", scale="none")
-    assert summed[0].tolist() == pytest.approx([0, 0, 0])  # totals NaN, 2, 2
+    assert summed[0].tolist() == pytest.approx([-1, 0.5, 0.5])  # totals .5, 2, 2
 
 
 def test_total_reward():
     rewards_BKR = torch.tensor([[[1.0, 2.0, NAN], [1.0, NAN, 4.0]]])
-    assert total_reward(rewards_BKR, torch.tensor([1.0, 0.5, 0.0]))[0].tolist() == pytest.approx(
-        [2.0, NAN], nan_ok=True
-    )
+    assert total_reward(rewards_BKR, torch.tensor([1.0, 0.5, 0.0]))[0].tolist() == pytest.approx([2.0, 2.0])
+
+
+def test_a_good_item_of_unknown_quality_stays_ahead_of_a_bad_one_in_the_total():
+    """The gate knows the quality of a bad item (0) and leaves that of a good one unknown."""
+    total = total_reward(torch.tensor([[[1.0, NAN], [0.0, 0.0], [0.3, 0.0], [NAN, NAN]]]), torch.tensor([1.0, 0.5]))
+    assert total[0].tolist() == pytest.approx([1.0, 0.0, 0.3, NAN], nan_ok=True)
 
 
 def test_normalize_adds_the_floor_to_the_deviation():

@@ -92,7 +92,7 @@ def test_ctrl_c(monkeypatch, tmp_path):
     monkeypatch.setattr("taoemb.shop.generate_shop", interrupted)
     result = CliRunner().invoke(app, ["data", "shop", "--out", str(tmp_path / "s")])
     assert result.exit_code == 130
-    assert "the same command goes on" in result.output
+    assert result.output.strip() == "interrupted"  # nothing to go on from
 
 
 def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
@@ -321,3 +321,11 @@ def test_evaluate_needs_graded_queries(small_shop, small_shop_folder, static_mod
     assert whole.exit_code == 0, whole.output
     Catalog(small_shop.items).save(tmp_path / "items")
     assert "no graded query" in refused("evaluate", static_model, "--data", tmp_path / "items")
+
+
+def test_data_shop_does_not_replace_somebodys_catalog(tmp_path):
+    (tmp_path / "items.parquet").write_bytes(b"mine")
+    result = CliRunner().invoke(app, ["data", "shop", "--items", "600", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "has no truth.parquet" in result.output
+    assert (tmp_path / "items.parquet").read_bytes() == b"mine"

@@ -114,6 +114,7 @@ def test_a_nested_key_keeps_what_the_parent_declares_for_its_siblings(tmp_path: 
         ("optimizer: {lr: fast}", "optimizer.lr", "'fast' (str)", "float"),
         ("optimizer: {lr: true}", "optimizer.lr", "True (bool)", "float"),
         ("optimizer: {lr: .nan}", "optimizer.lr", "nan (float)", "float"),
+        ("optimizer: {lr: .inf}", "optimizer.lr", "inf (float)", "float"),
         ("optimizer: {name: adam}", "optimizer.name", "'adam' (str)", "'adamw' | 'sgd'"),
         ("optimizer: {betas: [1]}", "optimizer.betas", "[1] (list)", "tuple[float, float]"),
         ("optimizer: {betas: [1, x]}", "optimizer.betas[1]", "'x' (str)", "float"),
@@ -249,14 +250,18 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, problem: str) 
 texts = st.text(max_size=12) | st.sampled_from(
     ["1e-3", "yes", "null", "~", "0x1f", "1:30", "012", "2026-01-01", "=", "<<", "a\x85b", "红 鞋"]
 )
-numbers = st.floats(allow_nan=False)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @given(
     st.builds(
         Train,
         steps=st.integers(),
-        optimizer=st.builds(Optimizer, lr=st.floats(min_value=0, exclude_min=True), betas=st.tuples(numbers, numbers)),
+        optimizer=st.builds(
+            Optimizer,
+            lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+            betas=st.tuples(numbers, numbers),
+        ),
         judge=st.none() | st.builds(Judge, model=texts, threshold=st.none() | numbers),
         fields=st.lists(texts, max_size=3).map(tuple),
         weights=st.dictionaries(texts, numbers, max_size=3),

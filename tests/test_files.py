@@ -135,3 +135,15 @@ def test_corrupt_json_is_named(broken, tmp_path):
 def test_checksum_is_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")  # the example of FIPS 180-2
     assert checksum(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_of_another_kind_is_not_replaced(tmp_path):
+    folder = tmp_path / "emb"
+    with replace_folder(folder, "manifest.json", "store") as beside:
+        write_json(beside / "manifest.json", {"kind": "store"})
+    with (
+        pytest.raises(FileExistsError, match=r"has no manifest\.json of a index"),
+        replace_folder(folder, "manifest.json", "index"),
+    ):
+        pass
+    assert read_json(folder / "manifest.json") == {"kind": "store"}

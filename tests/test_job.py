@@ -8,10 +8,10 @@ import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from taoemb.catalog import Catalog
+from taoemb.catalog import Catalog, Items, QuerySet
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
-from taoemb.job import TrainConfig, TrainJob
+from taoemb.job import JudgeConfig, TrainConfig, TrainJob
 from taoemb.trainer import RetrievalGRPOTrainer
 
 SYSTEMS = ["bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo"]
@@ -133,3 +133,46 @@ def test_a_policys_name_is_a_row_that_differs_in_the_policy_alone(config, tmp_pa
 def test_the_policy_of_retrieval_grpo_is_no_row_of_its_own(config):
     with pytest.raises(ValueError, match="'mixed', which is the policy of 'retrieval_grpo' already"):
         dataclasses.replace(config, systems=("stage1", "retrieval_grpo", "mixed"))
+
+
+def test_a_catalog_that_changed_is_not_mixed_into_a_run(config, small_shop, tmp_path):
+    small_shop.save(tmp_path / "shop")
+    config = dataclasses.replace(config, data=str(tmp_path / "shop"))
+    TrainJob(config, tmp_path / "run")
+    (tmp_path / "run" / "models").mkdir()
+    cheaper = small_shop.items.table.drop_columns(["rating"])
+    dataclasses.replace(small_shop, items=Items(cheaper)).save(tmp_path / "shop")
+    with pytest.raises(ValueError, match=r"items\.parquet in .* changed after"):
+        TrainJob(config, tmp_path / "run")
+
+
+def test_clicks_without_a_training_query_are_not_thrown_away(config, small_shop, tmp_path):
+    queries = QuerySet(dataclasses.replace(q, split="") for q in small_shop.queries)
+    dataclasses.replace(small_shop, queries=queries).save(tmp_path / "shop")
+    with pytest.raises(ValueError, match="has clicks, but no query of split 'train'"):
+        TrainJob(dataclasses.replace(config, data=str(tmp_path / "shop")), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("train", "test", "unjudged", "kind"), [
+    (60, 30, 0, "oracle"), (60, 30, None, "ensemble"), (10, 30, 0, "ensemble"), (0, 30, None, "ensemble"), (0, 6, 0, "mean"),
+])  # fmt: skip
+def test_the_judge_that_auto_chooses(config, small_shop, tmp_path, train, test, unjudged, kind):
+    """By how many of 100 training queries and of the test queries have grades, and whether the rest are known."""
+    queries = [*small_shop.queries.select("train")[:100], *small_shop.queries.select("test")]
+    graded = {q.id for q in queries[:train]} | {q.id for q in queries[100 : 100 + test]}
+    grades = {q.id: small_shop.qrels.get(q.id, {small_shop.items.ids[0]: 1}) for q in queries if q.id in graded}
+    metadata = {} if unjudged is None else {"unjudged": unjudged}
+    Catalog(small_shop.items, QuerySet(queries), grades, metadata=metadata).save(tmp_path / "shop")
+    config = dataclasses.replace(config, data=str(tmp_path / "shop"), judge=JudgeConfig(calibration_share=0.6))
+    job = TrainJob(config, tmp_path / "run")
+    assert job.judge_kind == kind
+    assert len(job.calibration_queries) == (18 if kind == "ensemble" else 0)
+
+
+def test_an_ensemble_without_enough_grades_says_what_is_missing(config, small_shop, tmp_path):
+    few = small_shop.queries.select("test")[:6]
+    queries = [*small_shop.queries.select("train"), *few]
+    Catalog(small_shop.items, QuerySet(queries), {q.id: small_shop.qrels[q.id] for q in few}).save(tmp_path / "shop")
+    asked = dataclasses.replace(config, data=str(tmp_path / "shop"), judge=JudgeConfig(kind="ensemble"))
+    with pytest.raises(ValueError, match=r"2 of the 6 graded queries, .* it needs 5 with 50; .*use judge\.kind=mean"):
+        _ = TrainJob(asked, tmp_path / "run").judge

@@ -254,3 +254,8 @@ def test_config_rejects(settings, message):
 
 def test_config_takes_a_single_objective():
     assert RewardConfig(relevance=0, quality=0, exclusivity=1).exclusivity == 1
+
+
+def test_a_quality_column_that_was_asked_for_must_be_there(small_shop):
+    with pytest.raises(ValueError, match=r"quality_column='ratign': the items have no such column; they have \['id'"):
+        item_quality(small_shop.items, "ratign")

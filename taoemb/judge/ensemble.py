@@ -25,6 +25,8 @@ from taoemb.types import MAX_GRADE, JudgeOutput, RelevanceJudge
 
 MIN_PAIRS = 50
 """Fewer graded pairs are refused; our choice."""
+FOLDS = 5
+"""Folds of a cross-validation; a calibration needs at least as many queries."""
 FORMAT = 1
 _ARRAYS = ("mean", "scale", "coefficients", "intercepts")
 Pairs = Sequence[tuple[Query, Item]]
@@ -137,7 +139,7 @@ class EnsembleJudge:
         self._model = _fit(self.features.matrix(pairs), np.asarray(grades), self.regularization)
         return self
 
-    def cross_validate(self, pairs: Pairs, grades: Sequence[int], folds: int = 5) -> CrossValidation:
+    def cross_validate(self, pairs: Pairs, grades: Sequence[int], folds: int = FOLDS) -> CrossValidation:
         """Fit on all folds but one, judge that one; a query is in one fold only. The judge itself stays as it is.
 
         Raises ValueError as `fit` does, and when there are fewer queries than folds.
