@@ -23,6 +23,7 @@ from taoemb.encoder import Encoder
 from taoemb.index.channels import BM25Channel
 from taoemb.judge import OracleJudge
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, RewardConfig
+from taoemb.store import encode_corpus
 from taoemb.trainer import RetrievalGRPOConfig, RetrievalGRPOTrainer
 
 QUICK = {
