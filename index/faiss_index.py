@@ -74,7 +74,7 @@ class VectorIndex:
             index = faiss.index_factory(store.dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             raise ValueError(f"factory={factory!r} is no FAISS factory string for {store.dimension} dimensions "
-                             f"(examples: Flat, HNSW32, IVF1024,Flat): {str(error).splitlines()[0]}") from None  # fmt: skip
+                             f"(examples: Flat, HNSW32, IVF1024,Flat): {str(error).rpartition(': ')[2]}") from None  # fmt: skip
         _set_parameters(index, {**_defaults(index), **parameters})
         if len(set(store.ids)) != len(store.ids):  # also across shards, which are checked one by one below
             raise ValueError("ids must be unique; update an item instead of adding it twice")

@@ -1,7 +1,7 @@
 """Everything that a resumed training run needs, written atomically.
 
-A checkpoint folder holds ``weights.safetensors``, ``optimizer.pt`` (tensors only), ``state.json`` and, where the trainer
-has one, ``index/``: the index that was in use, because a rebuilt one would be fresher than the uninterrupted run's.
+A checkpoint folder holds ``weights.safetensors``, ``optimizer.pt`` (tensors only), ``state.json`` and the trainer's arrays,
+among them the vectors of the index in use: encoded anew they would be fresher than the uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 
 from taoemb.encoder import Encoder
 from taoemb.files import checksum, read_json, recover_folder, replace_folder, write_json
-from taoemb.index.refresh import AnyIndex, load_index
 
 FORMAT = 1
 
@@ -28,11 +28,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` found: ``step`` is the next step to take, ``extra`` the trainer's own numbers."""
+    """What `load_checkpoint` found: ``step`` is the next step to take, ``extra`` and ``arrays`` are the trainer's own."""
 
     step: int
     extra: dict[str, Any]
-    index: AnyIndex | None
+    arrays: dict[str, np.ndarray]
 
 
 def save_checkpoint(
@@ -43,7 +43,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     extra: Mapping[str, Any],
-    index: AnyIndex | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Replace the checkpoint in ``folder``; a kill at any moment leaves the old one or the new one.
 
@@ -56,11 +56,11 @@ def save_checkpoint(
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
         torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, beside / "optimizer.pt")
-        if index is not None:
-            index.save(beside / "index")
-        files = {name: checksum(beside / name) for name in ("weights.safetensors", "optimizer.pt")}
+        for name, array in (arrays or {}).items():
+            np.save(beside / f"{name}.npy", array, allow_pickle=False)
+        files = {path.name: checksum(path) for path in sorted(beside.iterdir())}
         state = {"format": FORMAT, "step": step, "identity": identity, "extra": extra, "files": files}
-        write_json(beside / "state.json", {**state, "has_index": index is not None})
+        write_json(beside / "state.json", state)
 
 
 def load_checkpoint(
@@ -91,8 +91,9 @@ def load_checkpoint(
     torch.set_rng_state(saved["rng"]["cpu"])
     if "cuda" in saved["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
-    index = load_index(folder / "index", str(encoder.device)) if state["has_index"] else None
-    return Checkpoint(state["step"], state["extra"], index)
+    names = [name.removesuffix(".npy") for name in state["files"] if name.endswith(".npy")]
+    arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in names}
+    return Checkpoint(state["step"], state["extra"], arrays)
 
 
 def _differences(a: Any, b: Any, key: str = "") -> set[str]:

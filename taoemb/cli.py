@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +31,9 @@ Seed = Annotated[int, typer.Option(help="Of every random choice; the same seed g
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time, also on Python 3.10
-    typer.Argument(help="Settings as KEY=VALUE, for example stage2.steps=200; see --help-config."),
+    typer.Argument(
+        help="Settings as KEY=VALUE, for example stage2.steps=200; `taoemb train --help-config` lists them."
+    ),
 ]
 
 
@@ -57,6 +60,8 @@ def _told_apart(command: F) -> F:
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Train a search encoder against a judge instead of against hard negatives."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars fill a log file with one endless line
     if version:
         typer.echo(f"taoemb {__version__}")
         raise typer.Exit
@@ -114,7 +119,14 @@ def data_queries(
     n: Annotated[int, typer.Option("--n", help="Number of distinct queries.")] = 4000,
     seed: Seed = 0,
 ) -> None:
-    """Write training queries from a catalog's own titles, brands, types and attributes."""
+    """Write training queries from a catalog's own titles, brands, types and attributes.
+
+    Into the catalog's own folder where it has no queries and clicks, else into another one, with the whole catalog.
+    """
+    from dataclasses import replace
+
+    import pyarrow as pa
+
     from taoemb.catalog import Catalog
     from taoemb.queries import generate_queries
     from taoemb.tables import write_table
@@ -122,10 +134,15 @@ def data_queries(
     for name in ("queries", "clicks"):
         if any((out / f"{name}.{suffix}").exists() for suffix in ("parquet", "jsonl", "csv")):
             raise FileExistsError(f"{out} already holds {name}; give another folder")
-    written = generate_queries(Catalog.load(catalog).items, n, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    write_table(written.queries.to_table(), out / "queries.parquet")
-    write_table(written.clicks, out / "clicks.parquet")
+    source = Catalog.load(catalog)
+    written = generate_queries(source.items, n, seed)
+    if out.resolve() == catalog.resolve():
+        write_table(written.queries.to_table(), out / "queries.parquet")
+        write_table(written.clicks, out / "clicks.parquet")
+    else:
+        clicks = [written.clicks] if source.clicks is None else [source.clicks, written.clicks]
+        whole = source.with_queries(written.queries)
+        replace(whole, clicks=pa.concat_tables(clicks, promote_options="default")).save(out)
     for query in written.queries[:5]:
         typer.echo(query.text)
     typer.echo(
@@ -192,6 +209,8 @@ def search(
     from taoemb.index.refresh import load_index
     from taoemb.job import TrainConfig
 
+    if not query.strip():
+        raise ValueError("the query is empty; give what a shopper would type")
     if not (run / "index").is_dir() or not (run / "model").is_dir():
         raise ValueError(f"{run} is no finished run folder (no model/ and index/); train one with `taoemb train`")
     items = Catalog.load(load_config(TrainConfig, run / "config.yaml").data).items
@@ -202,8 +221,8 @@ def search(
     for rank, (item_id, score) in enumerate(zip(ids[0], scores[0], strict=True), start=1):
         if item_id:
             item = items[int(items.positions([item_id])[0])]
-            price = "" if item.price is None else f"  {item.price:.2f}"
-            typer.echo(f"{rank:3d}  {score:.3f}  {item_id}  {item.title}{price}")
+            facts = [item.brand, item.category, "" if item.price is None else f"{item.price:.2f}"]
+            typer.echo("  ".join([f"{rank:3d}", f"{score:.3f}", item_id, item.title, *filter(None, facts)]))
 
 
 @app.command()
@@ -237,8 +256,12 @@ def _train(config: Any, out: Path) -> None:
     start = time.perf_counter()
     job = TrainJob(config, out)
     comparison = job.run()
+    spent = f"{time.perf_counter() - start:.0f} s"
+    if comparison is None:
+        typer.echo(spent, err=True)
+        return
     typer.echo(comparison.text(job.phases.values))
-    typer.echo(f"{time.perf_counter() - start:.0f} s; look at {out / 'report.html'}", err=True)
+    typer.echo(f"{spent}; look at {out / 'report.html'}", err=True)
 
 
 @app.command()

@@ -82,7 +82,7 @@ class Comparison:
             lines.append(" ".join([name.ljust(width), *cells]))
         for metric, others in self.tests().items() if OURS in table else ():
             if metric.split("@")[0] in ("ndcg", "condensed_ndcg", "goodrate"):
-                found = [f"{o} {t['difference']:+.3f} (p={t['p_value']:.2g})" for o, t in others.items()]
+                found = [f"{o} {t['difference']:+.3f} ({_p(t['p_value'])})" for o, t in others.items()]
                 lines.append(f"{OURS} against, {metric}: " + ", ".join(found))
         return "\n".join(lines)
 
@@ -151,6 +151,15 @@ class Comparison:
                 for item_id, score in zip(ids, scores, strict=True)
             ],
         }
+
+
+def _p(value: float) -> str:
+    """Below what the number of resamples can tell, no figure.
+
+    >>> _p(1 / 10_001), _p(0.0213)
+    ('p<.0001', 'p=0.021')
+    """
+    return "p<.0001" if value < 1e-4 else f"p={value:.2g}"
 
 
 def compare(

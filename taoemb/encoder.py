@@ -122,7 +122,9 @@ class Encoder:
         if self._static:
             parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
             with torch.inference_mode():
-                done = [self.forward(part, kind).cpu().numpy() for part in tqdm(parts, disable=not progress)]
+                done = [
+                    self.forward(part, kind).cpu().numpy() for part in tqdm(parts, disable=None if progress else True)
+                ]
             return np.concatenate(done)
         prompt = self.prompts[kind] or ""  # an explicit empty prompt keeps the model's default prompt out
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
@@ -201,6 +203,13 @@ def _load(name: str, device: str | None) -> SentenceTransformer:
     quiet = logging.getLogger("transformers")  # its load report lists keys that do no harm
     level = quiet.level
     quiet.setLevel(logging.ERROR)
+    folder = Path(name)
+    if (folder / "model" / "modules.json").exists():
+        raise ValueError(f"{name!r} is a run folder; its model is {str(folder / 'model')!r}")
+    if not folder.exists() and (
+        folder.is_absolute() or (folder.parent not in (Path(), Path("..")) and folder.parent.exists())
+    ):
+        raise FileNotFoundError(f"{name!r} does not exist")  # no hub id: do not look there
     try:
         return SentenceTransformer(name, device=device)
     except (OSError, ValueError, SafetensorError) as error:

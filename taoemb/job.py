@@ -90,7 +90,7 @@ class TrainConfig:
     generated_queries: int = 4000
     """Training queries to write when the catalog has none of split ``train``; fewer where its items do not give as many."""
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
-    """Rows of the comparison. The name of a policy (``stage2.policy``) adds a row that differs from ``retrieval_grpo`` in
+    """Rows of the comparison, 'stage1' and 'retrieval_grpo' always among them. The name of a policy (``stage2.policy``) adds a row that differs from ``retrieval_grpo`` in
     that alone; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
     index_factory: str = "Flat"
     """FAISS factory string of the final index in ``RUN/index``."""
@@ -106,7 +106,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_positive(self, "generated_queries")
         if "retrieval_grpo" not in self.systems or "stage1" not in self.systems:
-            raise ValueError("systems must hold 'stage1' and 'retrieval_grpo', the pair that this job is about")
+            raise ValueError("systems must hold 'stage1' and 'retrieval_grpo': every run trains these two")
         if self.stage2.policy in self.systems:
             raise ValueError(f"systems holds {self.stage2.policy!r}, which is the policy of 'retrieval_grpo' already")
         if "jsonl" not in self.trackers:
@@ -124,8 +124,8 @@ class TrainJob:
         self._check_same_data()
         self.phases = _Phases(self.run_dir / "phases.json")
 
-    def run(self) -> Comparison:
-        """Train, evaluate and write ``metrics.json`` and ``report.html``."""
+    def run(self) -> Comparison | None:
+        """Train, evaluate and write ``metrics.json`` and ``report.html``; None where no query has grades to compare by."""
         say(f"{len(self.catalog.items):,} items, {len(self.catalog.queries.select('train')):,} training queries, "
             f"{len(self.test_queries)} test queries; relevance judge: {self.judge.name}")  # fmt: skip
         wanted = self.config.systems
@@ -142,6 +142,11 @@ class TrainJob:
             build_index(encode_corpus(encoder, self.catalog.items), self.config.index_factory).save(
                 self.run_dir / "index"
             )
+        if not len(self.test_queries):
+            say(
+                f"no query outside the train split has grades: nothing to compare. The model is in {self._folder('retrieval_grpo')}"
+            )
+            return None
         comparison = self._compare()
         comparison.save(self.run_dir, self._meta(), self.phases.values)
         report = write_report(self.run_dir)
@@ -217,7 +222,7 @@ class TrainJob:
         spent = time.perf_counter() - start
         self.phases.add(system, seconds=spent, item_encodings=encodings)
         encoder.save(folder)
-        say(f"{system}: {spent:.0f} s, {encodings:,} item encodings")
+        say(f"{'start model' if system == 'untrained' else system}: {spent:.0f} s, {encodings:,} item encodings")
 
     def _start_model(self) -> tuple[Encoder, int]:
         name = self.config.model
@@ -323,19 +328,17 @@ class TrainJob:
 
     @cached_property
     def test_queries(self) -> QuerySet:
-        """The queries of the comparison."""
+        """The queries of the comparison, possibly none."""
         held = set(self.calibration_queries)
-        queries = self.catalog.queries.select(ids=[q for q in self._graded_queries if q not in held])
-        if not len(queries):
-            raise ValueError("no query outside the train split has grades; the systems cannot be compared without: "
-                             "add qrels for some queries")  # fmt: skip
-        return queries
+        return self.catalog.queries.select(ids=[q for q in self._graded_queries if q not in held])
 
     @cached_property
     def judge(self) -> RelevanceJudge:
         """The relevance judge of the reward."""
         kind, items = self.judge_kind, self.catalog.items
         if kind == "oracle":
+            if not any(q.id in self.catalog.qrels for q in self.catalog.queries.select("train")):
+                raise ValueError("judge.kind=oracle: no training query has grades; use another judge.kind")
             return OracleJudge(self.catalog.qrels, self.catalog.unjudged)
         if kind == "soft_logic":
             return SoftLogicJudge(items)

@@ -291,7 +291,7 @@ METRICS = {  # name before @, in the order of the table
     "hit_rate": Metric("HitRate", 1, "Good items found in the Top-k over all queries, divided by all good items: "
         "queries with many good items weigh more."),
     "mrr": Metric("MRR", 1, "1 / rank of the first good item."),
-    "goodrate": Metric("Goodrate", 1, "Share of the Top-k that is good."),
+    "goodrate": Metric("Goodrate", 1, "Share of the Top-k that is good; of those that have a grade, where labels are incomplete."),
     "quality": Metric("Quality", 1, "Mean item quality (0 to 1) of the Top-k, relevant or not."),
     "good_quality": Metric("Good quality", 1, "Mean item quality of the good items in the Top-k."),
     "overlap": Metric("Overlap", 0, "Share of the Top-k that the other channel (BM25) finds too. Low is good only "

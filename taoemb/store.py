@@ -132,7 +132,9 @@ def _encode_shards(
     encoder: Encoder, items: Items, done: int, shard_rows: int, progress: bool
 ) -> Iterator[npt.NDArray[np.float32]]:
     first = min(done * shard_rows, len(items))
-    with tqdm(total=len(items), initial=first, desc="encode items", unit="item", disable=not progress) as bar:
+    with tqdm(
+        total=len(items), initial=first, desc="encode items", unit="item", disable=None if progress else True
+    ) as bar:
         for start in range(first, len(items), shard_rows):
             rows = range(start, min(start + shard_rows, len(items)))
             vectors = encoder.encode_document([items[i] for i in rows])

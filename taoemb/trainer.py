@@ -25,7 +25,7 @@ from taoemb.checkpoint import load_checkpoint, save_checkpoint
 from taoemb.contrastive import Positions, Positives, check_optimiser, check_positive, make_optimizer, set_learning_rate
 from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
-from taoemb.index.refresh import IndexRefresher, build_index, overlap
+from taoemb.index.refresh import Encode, IndexRefresher, RefreshConfig, RefreshMode, build_index, overlap
 from taoemb.policy import POLICY_ETA, candidate_weights, effective_rank, entropy, kl_divergence, log_probs
 from taoemb.rewards import RelevanceReward, RewardConfig, gate, gather
 from taoemb.store import EmbeddingStore, encode_corpus, ids_hash
@@ -93,7 +93,14 @@ class RetrievalGRPOConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     refresh_steps: int = 100
-    """Steps between re-encodings of the whole index; 0 never refreshes."""
+    """Steps between refreshes of the index; 0 never refreshes."""
+    refresh_mode: RefreshMode = "full"
+    """What a refresh re-encodes: ``full`` everything; ``touched`` nothing, it takes the vectors that training made anyway;
+    ``rolling`` a share besides; ``procrustes`` also turns what was not re-encoded."""
+    refresh_share: float = 0.1
+    """Share of the catalog that ``rolling`` and ``procrustes`` re-encode."""
+    refresh_async: bool = False
+    """Refresh in the background while training goes on; a resumed run then need not repeat itself bit for bit."""
     index_factory: str = "Flat"
     """FAISS factory string of the training index; ``Flat`` is exact."""
     chunk_size: int = 1024
@@ -117,14 +124,22 @@ class RetrievalGRPOConfig:
             raise ValueError(f"num_candidates={self.num_candidates}: a group needs at least 2 to compare")
         if not 0 <= self.random_candidates < self.num_candidates:
             raise ValueError(f"random_candidates={self.random_candidates}: give 0 to num_candidates - 1")
-        for name in ("beta", "infonce_weight", "anchor_weight", "std_floor", "global_negatives", "neg_adv_weight",
-                     "refresh_steps"):  # fmt: skip
+        _ = self.refresh
+        for name in ("beta", "infonce_weight", "anchor_weight", "std_floor", "global_negatives", "neg_adv_weight"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
         if not 0 < self.epsilon < 1 or not 0 < self.epsilon_high < np.inf:
             raise ValueError(
                 f"epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: give 0 < epsilon < 1 and more than 0"
             )
+
+    @property
+    def refresh(self) -> RefreshConfig:
+        """The refresher's settings; raises ValueError as `RefreshConfig` does."""
+        try:
+            return RefreshConfig(self.refresh_mode, self.refresh_steps, self.refresh_share, self.refresh_async)
+        except ValueError as error:
+            raise ValueError(f"refresh_{error}") from None
 
 
 @dataclass
@@ -203,8 +218,7 @@ class RetrievalGRPOTrainer:
         store = encode_corpus(encoder, self.catalog.items)
         self.reference_ND = torch.from_numpy(np.ascontiguousarray(store.vectors)).to(encoder.device)
         self.reference_QD = torch.from_numpy(encoder.encode_query(self.query_texts)).to(encoder.device)
-        self.refresher = IndexRefresher(self._encode_items, self._build_index, config.refresh_steps,
-                                        self._build_index(store))  # fmt: skip
+        self.refresher = IndexRefresher(self._encoder_of_now, self._build_index, store, config.refresh)
         self.item_encodings = len(store)
         start = self._restore(load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity))
         with Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,
@@ -221,13 +235,17 @@ class RetrievalGRPOTrainer:
                 tracker.log(step, {**metrics, "learning_rate": rate, **self._health(step, group)})
                 if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
                     save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
-                                    extra=self._extra(), index=self.refresher.index)  # fmt: skip
+                                    extra=self._extra(), arrays=self.refresher.state())  # fmt: skip
+        self.refresher.close()
         return self.item_encodings
 
     def _refresh_if_due(self, step: int) -> None:
         """Refresh the index when it is time, and measure how stale the old one was: overlap@K of a probe of queries."""
-        stale = self.refresher.index
-        if self.refresher.refresh_if_due(step):
+        stale, encoded = self.refresher.index, self.refresher.encoded
+        with self._timed("refresh"):
+            refreshed = self.refresher.refresh_if_due(step)
+        if refreshed:
+            self.item_encodings += self.refresher.encoded - encoded
             probe = self.encoder.encode_query([self.query_texts[q] for q in self.train_queries[:PROBE]])
             K = self.config.num_candidates
             self._overlap = overlap(
@@ -263,7 +281,9 @@ class RetrievalGRPOTrainer:
         scores_BM[torch.from_numpy(unusable_BM)] = -torch.inf
         K = min(K, int((~unusable_BM[:, :-1]).sum(1).min()))  # what was drawn at random may repeat
         chosen = self._choose(scores_BM, pool_BM, queries, K).numpy()
-        return Group(queries, np.take_along_axis(pool_BM, chosen, 1))
+        group = Group(queries, np.take_along_axis(pool_BM, chosen, 1))
+        self.refresher.note_retrieved(group.items_BK)
+        return group
 
     def _choose(self, scores_BM: Tensor, pool_BM: Positions, queries: Positions, K: int) -> Tensor:
         """Columns of the pool that make the group: the random ones, the Top of the rest, and a positive if asked."""
@@ -321,6 +341,7 @@ class RetrievalGRPOTrainer:
             query_BD = cache.encode([self.query_texts[q] for q in group.queries], "query")
             item_UD = cache.encode([self.item_texts[i] for i in distinct], "document")
             self.item_encodings += len(distinct)
+            self.refresher.touch(distinct, item_UD.detach().cpu().numpy())
             logp_BK = log_probs(torch.einsum("bd,bkd->bk", query_BD, item_UD[place_BK]), config.temperature)
             reference_UD = self.reference_ND[torch.from_numpy(distinct).to(device)]
             reference_BD = self.reference_QD[torch.from_numpy(group.queries).to(device)]
@@ -413,7 +434,7 @@ class RetrievalGRPOTrainer:
         metrics["hubness_skew"] = float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0
         if self._overlap is not None:
             metrics["overlap@K"] = self._overlap
-        metrics["index_age"] = float(step - self.refresher.built_at)
+        metrics["index_age"] = self.refresher.age(step)
         for function in self.reward_functions:
             if isinstance(function, RelevanceReward):
                 metrics["judge_calls"] = float(function.calls)
@@ -421,11 +442,10 @@ class RetrievalGRPOTrainer:
         metrics["item_encodings"] = float(self.item_encodings)
         return metrics | {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
 
-    def _encode_items(self) -> EmbeddingStore:
-        with self._timed("refresh"):
-            self.item_encodings += len(self.item_texts)
-            vectors = self.encoder.encode_document(self.item_texts)
-            return EmbeddingStore(self.catalog.items.ids, [vectors], "")
+    def _encoder_of_now(self) -> Encode:
+        """Encodes items as the model stands at this moment; in the background, by a copy that training does not change."""
+        encoder = self.encoder.copy() if self.config.refresh_async else self.encoder
+        return lambda positions: encoder.encode_document([self.item_texts[i] for i in positions.tolist()])
 
     def _build_index(self, store: EmbeddingStore) -> Any:
         return build_index(store, self.config.index_factory, str(self.encoder.device))
@@ -453,7 +473,6 @@ class RetrievalGRPOTrainer:
         return {
             "item_encodings": self.item_encodings,
             "running_std": self._running_std_R.tolist(),
-            "built_at": self.refresher.built_at,
             "overlap": self._overlap,
         }
 
@@ -463,7 +482,7 @@ class RetrievalGRPOTrainer:
         self.item_encodings = found.extra["item_encodings"]
         self._running_std_R = torch.tensor(found.extra["running_std"])
         self._overlap = found.extra["overlap"]
-        self.refresher.index, self.refresher.built_at = found.index, found.extra["built_at"]
+        self.refresher.restore(found.arrays)
         return int(found.step)
 
     @contextmanager

@@ -8,8 +8,6 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 from taoemb.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from taoemb.encoder import Encoder
-from taoemb.index.refresh import build_index
-from taoemb.store import EmbeddingStore, StoreError
 
 IDENTITY = {"config": {"steps": 10, "rates": (0.1, 0.2), "nested": {"a": 1}}, "start_model": "abc"}
 TEXTS = ["red face cream", "vegan cream", "dry skin"]
@@ -54,7 +52,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(model, tmp_path):
     resumed = Training(model)
     checkpoint = resumed.load(tmp_path / "c")
     assert checkpoint is not None
-    assert (checkpoint.step, checkpoint.extra, checkpoint.index) == (3, {"encodings": 12, "means": [0.5, None]}, None)
+    assert (checkpoint.step, checkpoint.extra, checkpoint.arrays) == (3, {"encodings": 12, "means": [0.5, None]}, {})
     assert resumed.encoder.fingerprint == saved
     resumed.steps(4)
     assert resumed.encoder.fingerprint == run.encoder.fingerprint  # to the last bit
@@ -84,25 +82,20 @@ def test_no_checkpoint_yet(static_model, tmp_path):
     assert run.encoder.fingerprint == before
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
-def test_the_index_in_use_comes_back(factory, static_model, small_shop, tmp_path):
+def test_arrays_come_back(static_model, tmp_path):
     run = Training(static_model)
-    items = small_shop.items[:50]
-    store = EmbeddingStore(items.ids, [run.encoder.encode_document(items)], "stale")
-    index = build_index(store, factory)
-    queries = run.encoder.encode_query(TEXTS)
-    run.steps(2)
-    run.save(tmp_path / "c", 2, index=index)
+    arrays = {"vectors": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32), "none": np.zeros((0, 2), int)}
+    run.save(tmp_path / "c", 2, arrays=arrays)
     checkpoint = Training(static_model).load(tmp_path / "c")
     assert checkpoint is not None
-    assert checkpoint.index is not None
-    assert type(checkpoint.index) is type(index)
-    assert checkpoint.index.fingerprint == "stale"
-    np.testing.assert_array_equal(checkpoint.index.search(queries, 5)[0], index.search(queries, 5)[0])
-    run.save(tmp_path / "c", 3)  # without an index there is none, not the older one
+    assert checkpoint.arrays.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(checkpoint.arrays[name], array)
+        assert checkpoint.arrays[name].dtype == array.dtype
+    run.save(tmp_path / "c", 3)  # without arrays there are none, not the older ones
     later = Training(static_model).load(tmp_path / "c")
     assert later is not None
-    assert (later.step, later.index) == (3, None)
+    assert (later.step, later.arrays) == (3, {})
 
 
 @pytest.mark.parametrize(
@@ -143,13 +136,12 @@ def test_damaged_files_are_named(name, static_model, tmp_path):
     assert run.encoder.fingerprint == before  # nothing is half restored
 
 
-def test_a_damaged_state_or_index_is_named(static_model, tmp_path):
+def test_a_damaged_state_or_array_is_named(static_model, tmp_path):
     run = Training(static_model)
-    index = build_index(EmbeddingStore(TEXTS, [run.encoder.encode_document(TEXTS)], ""))
-    run.save(tmp_path / "c", 1, index=index)
-    shard = tmp_path / "c" / "index" / "shard-00000.npy"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(StoreError, match=r"shard-00000\.npy is corrupt"):
+    run.save(tmp_path / "c", 1, arrays={"vectors": np.eye(3)})
+    file = tmp_path / "c" / "vectors.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"vectors\.npy is missing or corrupt"):
         run.load(tmp_path / "c")
     (tmp_path / "c" / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"state\.json is corrupt"):

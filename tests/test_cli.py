@@ -122,14 +122,20 @@ def test_data_queries(small_shop_folder, small_shop, tmp_path):
     result = taoemb_cli(*command, "--out", tmp_path / "a")
     assert result.exit_code == 0, result.output
     queries = QuerySet.load(tmp_path / "a" / "queries.parquet")
-    assert len(set(queries.texts)) == len(queries) == 40
-    assert all(text in result.output for text in queries.texts[:5])
+    written = queries.texts[-40:]
+    assert len(set(written)) == 40
+    assert all(text in result.output for text in written[:5])
+    whole = Catalog.load(tmp_path / "a")
+    assert whole.items.ids == small_shop.items.ids
+    assert whole.qrels == small_shop.qrels
+    assert whole.queries.texts == [*small_shop.queries.texts, *queries.texts[-40:]]
+    assert whole.clicks.num_rows > small_shop.clicks.num_rows
     small_shop.save(tmp_path / "b")
     for name in ("queries", "clicks", "qrels"):
         (tmp_path / "b" / f"{name}.parquet").unlink()
     taoemb_cli("data", "queries", tmp_path / "b", "--n", 40, "--seed", 3, "--out", tmp_path / "b")
     catalog = Catalog.load(tmp_path / "b")  # written into a catalog without queries, they belong to it
-    assert catalog.queries.texts == queries.texts
+    assert catalog.queries.texts == written
     assert catalog.clicks is not None
     other = taoemb_cli("data", "queries", small_shop_folder, "--n", 40, "--seed", 4, "--out", tmp_path / "c")
     assert other.stdout != result.stdout
@@ -286,12 +292,13 @@ def test_search_prints_the_nearest_items(run, small_shop):
     ]
     for line, i in zip(lines, best, strict=True):
         item = small_shop.items[int(i)]
-        assert line.endswith(f"{item.title}  {item.price:.2f}")
+        assert line.endswith(f"{item.title}  {item.brand}  {item.category}  {item.price:.2f}")
 
 
 def test_search_mistakes(run, tmp_path, static_model):
     folder = run[0]
     assert "is no finished run folder" in refused("search", tmp_path, "mug")
+    assert "the query is empty" in refused("search", folder, " ")
     assert "k=0" in refused("search", folder, "mug", "-k", 0)
     for name in ("index", "model", "config.yaml"):
         os.symlink(folder / name, tmp_path / name)

@@ -7,7 +7,7 @@ import pytest
 
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex
-from taoemb.index.refresh import IndexRefresher, build_index, load_index, overlap
+from taoemb.index.refresh import build_index, load_index, overlap
 from taoemb.index.results import check_vectors
 from taoemb.store import EmbeddingStore
 
@@ -344,52 +344,6 @@ def test_without_faiss_the_exact_index_works(monkeypatch, tmp_path):
     assert load_index(tmp_path / "i").search(QUERIES, 1)[0].tolist() == index.search(QUERIES, 1)[0].tolist()
     with pytest.raises(ImportError, match=r'pip install "taoemb\[cpu\]"'):
         build_index(store(), "HNSW32")
-
-
-class Source:
-    """Another generation of vectors each time that it is asked."""
-
-    generation = 0
-
-    def __call__(self):
-        self.generation += 1
-        return store(unit(np.random.default_rng(self.generation), 20))
-
-
-def test_refresher_is_due_every_so_many_steps():
-    source = Source()
-    refresher = IndexRefresher(source, build_index, 10, build_index(source()))
-    due = [step for step in range(35) if refresher.refresh_if_due(step)]
-    assert due == [10, 20, 30]
-    assert source.generation == 4
-    resumed = IndexRefresher(source, build_index, 10, build_index(source()), built_at=30)
-    assert [step for step in range(33, 60) if resumed.refresh_if_due(step)] == [40, 50]
-
-
-def test_refresher_never():
-    refresher = IndexRefresher(Source(), build_index, 0, build_index(store()))
-    assert not any(refresher.refresh_if_due(step) for step in range(1000))
-
-
-def test_old_index_stays_usable_after_a_refresh_and_after_a_failed_one():
-    source = Source()
-    refresher = IndexRefresher(source, build_index, 1, build_index(source()))
-    old = refresher.index
-    before = old.search(QUERIES, 5)[0].tolist()
-    assert refresher.refresh_if_due(1)
-    assert refresher.index is not old
-    assert old.search(QUERIES, 5)[0].tolist() == before
-    assert refresher.index.search(QUERIES, 5)[0].tolist() != before
-    kept = refresher.index
-
-    def fail():
-        raise MemoryError
-
-    refresher.encode = fail
-    with pytest.raises(MemoryError):
-        refresher.refresh_if_due(2)
-    assert refresher.index is kept
-    assert refresher.built_at == 1
 
 
 def test_overlap():

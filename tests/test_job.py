@@ -176,3 +176,21 @@ def test_an_ensemble_without_enough_grades_says_what_is_missing(config, small_sh
     asked = dataclasses.replace(config, data=str(tmp_path / "shop"), judge=JudgeConfig(kind="ensemble"))
     with pytest.raises(ValueError, match=r"2 of the 6 graded queries, .* it needs 5 with 50; .*use judge\.kind=mean"):
         _ = TrainJob(asked, tmp_path / "run").judge
+
+
+def test_a_catalog_of_items_alone_is_trained_and_not_compared(config, small_shop, tmp_path):
+    Catalog(small_shop.items, QuerySet([]), {}).save(tmp_path / "shop")
+    config = dataclasses.replace(config, data=str(tmp_path / "shop"), judge=JudgeConfig(kind="soft_logic"))
+    job = TrainJob(dataclasses.replace(config, generated_queries=100), tmp_path / "run")
+    assert job.run() is None
+    assert len(Encoder(tmp_path / "run" / "model").encode_query(["mug"])) == 1
+    assert (tmp_path / "run" / "index" / "manifest.json").exists()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_an_oracle_that_knows_no_training_query_is_refused(config, small_shop, tmp_path):
+    grades = {q.id: small_shop.qrels[q.id] for q in small_shop.queries.select("test")}
+    dataclasses.replace(small_shop, qrels=grades).save(tmp_path / "shop")
+    asked = dataclasses.replace(config, data=str(tmp_path / "shop"), judge=JudgeConfig(kind="oracle"))
+    with pytest.raises(ValueError, match="no training query has grades"):
+        _ = TrainJob(asked, tmp_path / "run").judge

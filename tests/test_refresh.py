@@ -1,0 +1,274 @@
+"""The refresher against an encoder whose drift is known."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from taoemb.index.exact import ExactIndex
+from taoemb.index.refresh import IndexRefresher, RefreshConfig, build_index, overlap, rotation
+from taoemb.store import EmbeddingStore
+
+N, D = 400, 12
+IDS = [f"i{i}" for i in range(N)]
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class Drifting:
+    """An encoder that moves by itself: ``at(step)`` are the vectors of all items at a step."""
+
+    def __init__(self, turn=0.0, noise=0.05, moving=None):
+        rng = np.random.default_rng(0)
+        self.start, self.away = unit(rng.normal(size=(N, D))), rng.normal(size=(N, D))
+        self.turn, self.noise = turn, noise
+        self.moving = np.ones(N, bool) if moving is None else moving
+        self.step, self.asked = 0, []
+
+    def at(self, step):
+        angle = self.turn * step
+        plane = np.eye(D)
+        plane[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        return unit((self.start + self.moving[:, None] * self.noise * step * self.away) @ plane)
+
+    def __call__(self):
+        vectors = self.at(self.step)
+
+        def encode(positions):
+            self.asked.append(positions)
+            return vectors[positions]
+
+        return encode
+
+
+def refresher(encoder, build=build_index, **config):
+    return IndexRefresher(encoder, build, EmbeddingStore(IDS, [encoder.at(0)], ""), RefreshConfig(**config))
+
+
+def run(index, encoder, steps, touched=None):
+    """Take steps, each of which touches some items; returns the steps at which a new index came."""
+    swapped = []
+    for step in range(1, steps):
+        encoder.step = step
+        if index.refresh_if_due(step):
+            swapped.append(step)
+        if touched is not None:
+            index.touch(touched, encoder.at(step)[touched])
+            index.note_retrieved(touched[None, :5])
+    return swapped
+
+
+def vectors_of(index):
+    return index.index.vectors
+
+
+def test_full_is_due_every_so_many_steps_and_is_an_index_built_afresh():
+    encoder = Drifting()
+    index = refresher(encoder, steps=10)
+    assert run(index, encoder, 35) == [10, 20, 30]
+    afresh = ExactIndex(IDS, encoder.at(30))
+    np.testing.assert_array_equal(vectors_of(index), afresh.vectors)
+    queries = encoder.at(34)[:20]
+    for mine, its in zip(index.index.search(queries, 10), afresh.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(mine, its)
+    assert index.encoded == 3 * N
+    assert index.age(34) == 4
+
+
+@pytest.mark.parametrize("mode", ["full", "touched", "rolling", "procrustes"])
+def test_never(mode):
+    encoder = Drifting()
+    index = refresher(encoder, mode=mode, steps=0)
+    before = index.index
+    assert run(index, encoder, 50, np.arange(10)) == []
+    assert index.index is before
+    assert encoder.asked == []
+
+
+def test_touched_costs_nothing_and_takes_the_last_vectors_that_training_made():
+    encoder, touched = Drifting(), np.arange(50, 90)
+    index = refresher(encoder, mode="touched", steps=10)
+    run(index, encoder, 21, touched)
+    assert index.encoded == 0
+    assert encoder.asked == []
+    np.testing.assert_array_equal(vectors_of(index)[touched], encoder.at(19)[touched])  # step 20 began before its touch
+    rest = np.setdiff1d(np.arange(N), touched)
+    np.testing.assert_array_equal(vectors_of(index)[rest], encoder.at(0)[rest])
+
+
+def test_rolling_comes_around_the_whole_catalog():
+    encoder = Drifting()
+    index = refresher(encoder, mode="rolling", steps=5, share=0.25)
+    run(index, encoder, 21)
+    assert [len(asked) for asked in encoder.asked] == [N // 4] * 4
+    assert len(np.unique(np.concatenate(encoder.asked))) == N  # the oldest first, so none twice before all once
+    assert index.encoded == N
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_rolling_takes_the_hot_and_the_drifting_first_and_not_what_was_touched(share):
+    moving = np.zeros(N, bool)
+    moving[:100] = True
+    encoder = Drifting(moving=moving, noise=0.02)
+    encoder.start[:100] = unit(
+        encoder.start[0] + 0.1 * encoder.start[:100]
+    )  # the moving ones are a region of their own
+    index = refresher(encoder, mode="rolling", steps=20, share=share)
+    touched, hot = np.arange(0, N, 4), np.array([21, 33, 59, 301])
+    for _ in range(200):
+        index.note_retrieved(hot)
+    run(index, encoder, 21, touched)
+    chosen = set(encoder.asked[0].tolist())
+    assert len(chosen) == share * N
+    assert {21, 33, 59} <= chosen  # hot and drifting
+    assert not chosen & set(touched.tolist())
+    assert len(chosen & set(range(100))) >= 0.7 * len(chosen)
+
+
+def test_procrustes_undoes_a_turn_for_what_was_not_encoded():
+    encoder = Drifting(turn=0.05, noise=0.0)
+    index = refresher(encoder, mode="procrustes", steps=20, share=0.2)
+    run(index, encoder, 21)
+    truth = encoder.at(20)
+    assert index.encoded == N // 5
+    assert (vectors_of(index) * truth).sum(1).min() > 0.99
+    assert (encoder.at(0) * truth).sum(1).min() < 0.9
+
+
+@pytest.mark.parametrize("mode", ["touched", "rolling", "procrustes"])
+def test_partial_modes_are_nearer_to_a_rebuild_than_no_refresh(mode):
+    encoder = Drifting(turn=0.01, noise=0.01)
+    touched = np.random.default_rng(1).choice(N, 150, replace=False)
+    index = refresher(encoder, mode=mode, steps=20, share=0.3)
+    run(index, encoder, 41, touched)
+    fresh, stale = ExactIndex(IDS, encoder.at(40)), ExactIndex(IDS, encoder.at(0))
+    queries = encoder.at(40)[::7]
+    wanted = fresh.search_positions(queries, 10)[0]
+    mine, none = (overlap(one.search_positions(queries, 10)[0], wanted) for one in (index.index, stale))
+    assert mine > none + 0.03
+
+
+def test_rotation_is_the_best_orthogonal_map():
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(D, D)))[0]
+    old = unit(rng.normal(size=(100, D)))
+    found = rotation(old, (old @ turn + 0.01 * rng.normal(size=old.shape)).astype(np.float32))
+    np.testing.assert_allclose(found @ found.T, np.eye(D), atol=1e-5)
+    np.testing.assert_allclose(found, turn, atol=0.02)
+    np.testing.assert_allclose(rotation(old[:0], old[:0]) @ np.eye(D), np.eye(D), atol=1e-6)  # nothing known: stay
+
+
+def test_the_old_index_stays_usable_and_a_failed_refresh_changes_nothing():
+    encoder = Drifting()
+    index = refresher(encoder, mode="rolling", steps=1)
+    old = index.index
+    before = old.search(encoder.start[:5], 5)[0].tolist()
+    encoder.step = 1
+    assert index.refresh_if_due(1)
+    assert index.index is not old
+    assert old.search(encoder.start[:5], 5)[0].tolist() == before
+    kept = index.index
+    index.touch(np.array([3]), encoder.at(2)[[3]])
+
+    def fail():
+        raise MemoryError
+
+    index._encoder = fail
+    with pytest.raises(MemoryError):
+        index.refresh_if_due(2)
+    assert index.index is kept
+    assert (index.built_at, index.started_at) == (1, 1)
+    assert index.state()["touched"].tolist() == [3]
+
+
+@pytest.mark.parametrize("mode", ["full", "touched", "rolling", "procrustes"])
+def test_a_restored_refresher_goes_on_as_the_first_would(mode):
+    touched = np.arange(0, N, 3)
+    whole = Drifting(turn=0.01)
+    one = refresher(whole, mode=mode, steps=7)
+    run(one, whole, 40, touched)
+    parted = Drifting(turn=0.01)
+    two = refresher(parted, mode=mode, steps=7)
+    run(two, parted, 25, touched)
+    state = {name: array.copy() for name, array in two.state().items()}
+    two = refresher(parted, mode=mode, steps=7)
+    two.restore(state)
+    for step in range(25, 40):
+        parted.step = step
+        two.refresh_if_due(step)
+        two.touch(touched, parted.at(step)[touched])
+        two.note_retrieved(touched[None, :5])
+    assert one.state().keys() == two.state().keys()
+    for name, array in one.state().items():
+        np.testing.assert_array_equal(array, two.state()[name], err_msg=name)
+    np.testing.assert_array_equal(vectors_of(one), vectors_of(two))
+
+
+def test_in_the_background_training_goes_on_with_the_old_index():
+    gate, encoder = threading.Event(), Drifting()
+    now = encoder()
+
+    def slow():
+        vectors = encoder.at(encoder.step)
+
+        def encode(positions):
+            assert gate.wait(20)
+            return vectors[positions]
+
+        return encode
+
+    index = IndexRefresher(slow, build_index, EmbeddingStore(IDS, [now(np.arange(N))], ""),
+                           RefreshConfig(steps=5, asynchronous=True))  # fmt: skip
+    old = index.index
+    encoder.step = 5
+    assert not index.refresh_if_due(5)
+    encoder.step = 6
+    assert not index.refresh_if_due(6)
+    assert index.index is old
+    gate.set()
+    for step in range(7, 2000):
+        encoder.step = 7
+        if index.refresh_if_due(step):
+            break
+        threading.Event().wait(0.005)
+    np.testing.assert_array_equal(vectors_of(index), encoder.at(5))  # by the encoder of the step at which it began
+    assert index.built_at == 5
+    index.close()
+
+
+def test_an_error_in_the_background_is_raised_in_training():
+    def broken():
+        def encode(positions):
+            raise FloatingPointError("boom")
+
+        return encode
+
+    store = EmbeddingStore(IDS, [Drifting().at(0)], "")
+    index = IndexRefresher(broken, build_index, store, RefreshConfig(steps=1, asynchronous=True))
+    assert not index.refresh_if_due(1)
+    index._worker.shutdown()
+    with pytest.raises(FloatingPointError, match="boom"):
+        index.refresh_if_due(2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"mode": "some"}, "give one of full, touched"),
+        ({"steps": -1}, "give 0"),
+        ({"share": 0.0}, "share of the catalog"),
+    ],
+)
+def test_settings_are_checked(setting, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RefreshConfig(), **setting)
+
+
+def test_an_empty_catalog():
+    index = IndexRefresher(lambda: lambda positions: np.zeros((0, D), np.float32), build_index,
+                           EmbeddingStore([], [np.zeros((0, D), np.float32)], ""), RefreshConfig("rolling", 1))  # fmt: skip
+    assert index.refresh_if_due(1)
+    assert index.age(1) == 0
