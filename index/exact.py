@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors
+from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors, known_ids
 from taoemb.store import EmbeddingStore
 from taoemb.types import FloatArray
 
@@ -29,7 +30,10 @@ class ExactIndex:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self.vectors = check_vectors(self.vectors, self.ids)
+        self._hold(self.ids, check_vectors(self.vectors, self.ids))
+
+    def _hold(self, ids: list[str], vectors: FloatArray) -> None:
+        self.ids, self.vectors = ids, vectors
         self._ids = np.asarray(self.ids, dtype=object)
         tensor = torch.from_numpy(self.vectors if self.vectors.flags.writeable else self.vectors.copy())
         self._vectors = tensor.to(self.device)
@@ -65,6 +69,24 @@ class ExactIndex:
         values, positions = top.values.cpu().numpy(), top.indices.cpu().numpy()
         order = np.lexsort((positions, -values), axis=1)
         return np.take_along_axis(positions, order, 1), np.take_along_axis(values, order, 1)
+
+    def update(self, ids: Sequence[str], vectors: npt.ArrayLike) -> None:
+        """Give these items the vectors ``[n, D]``; ids that are new are added at the end.
+
+        What is found afterwards is what an index built afresh finds. Raises ValueError as `ExactIndex` does.
+        """
+        array = check_vectors(vectors, ids, self.vectors.shape[1])
+        place = {item_id: i for i, item_id in enumerate(self.ids)}
+        known = np.array([item_id in place for item_id in ids], dtype=bool)
+        changed = np.array(self.vectors)  # the one in use may be a memory map, or belong to a store
+        changed[[place[item_id] for item_id in ids if item_id in place]] = array[known]
+        self._hold([*self.ids, *(i for i in ids if i not in place)], np.concatenate([changed, array[~known]]))
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Take items out; the others keep their order. Raises KeyError naming an id that is not there."""
+        gone = known_ids(ids, self.ids)
+        stay = np.array([item_id not in gone for item_id in self.ids], dtype=bool)
+        self._hold([item_id for item_id in self.ids if item_id not in gone], self.vectors[stay])
 
     def save(self, folder: str | Path) -> None:
         """Write the vectors as an `EmbeddingStore`."""

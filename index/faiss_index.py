@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taoemb.files import checksum, read_json, replace_folder, write_json
-from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors
+from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors, known_ids
 from taoemb.store import EmbeddingStore, ids_hash
 from taoemb.tables import write_table
 from taoemb.types import FloatArray
@@ -36,17 +37,24 @@ def import_faiss() -> Any:
 class VectorIndex:
     """A FAISS index over unit vectors (inner product) whose items are named by string ids.
 
-    Make one with `build` or `load`. Positions inside FAISS are catalog positions, so no id map is wrapped around it.
+    Make one with `build` or `load`. Labels inside FAISS are places in ``slots``, catalog positions at first, so that no id
+    map is wrapped around it: FAISS's own over an inverted file names wrong items after a removal. A removed item leaves
+    its place empty (``""``).
     """
 
-    ids: list[str]
+    slots: list[str]
     factory: str
     fingerprint: str
     faiss_index: Any = field(repr=False)
     dimension: int
 
     def __post_init__(self) -> None:
-        self._ids = np.asarray(self.ids, dtype=object)
+        self._ids = np.asarray(self.slots, dtype=object)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the items in the index."""
+        return [item_id for item_id in self.slots if item_id]
 
     @classmethod
     def build(
@@ -95,7 +103,11 @@ class VectorIndex:
         return cls(store.ids, factory, store.fingerprint, index, store.dimension)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.slots) - self._empty
+
+    @property
+    def _empty(self) -> int:
+        return int((self._ids == "").sum())
 
     def search(self, vectors: npt.ArrayLike, k: int) -> SearchResult:
         """The Top-``k`` of ``B`` query vectors ``[B, D]``: ids ``[B, k]`` and scores ``[B, k]``, best first.
@@ -110,8 +122,79 @@ class VectorIndex:
         k = min(check_k(k), len(self))
         if not len(queries) or not k:
             return np.zeros((len(queries), k), np.int64), np.zeros((len(queries), k), np.float32)
-        scores, positions = self.faiss_index.search(queries, k)
+        selector = self._without_empty()
+        if selector is None:
+            scores, positions = self.faiss_index.search(queries, k)
+        else:
+            scores, positions = self.faiss_index.search(queries, k, params=selector)
         return positions, scores
+
+    def _without_empty(self) -> Any:
+        """For a graph, whose nodes stay when an item goes: search parameters that leave the empty places out."""
+        if not self._empty or not hasattr(self.faiss_index, "hnsw"):
+            return None
+        faiss = import_faiss()
+        empty = np.flatnonzero(self._ids == "").astype(np.int64)
+        batch = faiss.IDSelectorBatch(empty)
+        left = faiss.IDSelectorNot(batch)
+        left.batch = batch  # FAISS keeps a pointer, Python must keep the object
+        return faiss.SearchParametersHNSW(efSearch=self.faiss_index.hnsw.efSearch, sel=left)
+
+    def update(self, ids: Sequence[str], vectors: npt.ArrayLike) -> None:
+        """Give these items the vectors ``[n, D]``; ids that are new are added.
+
+        A flat index is then as one built afresh; an inverted file keeps its cells, which is nearly as good (a new vector
+        goes to its nearest one); a graph takes a changed item in as a new node and leaves the old one out of the results.
+        Not for use beside searches in other threads.
+
+        Raises ValueError where vectors or ids are unfit, or this kind of index cannot be changed.
+        """
+        array = check_vectors(vectors, ids, self.dimension)
+        kind = self._changeable()
+        slot = {item_id: i for i, item_id in enumerate(self.slots) if item_id}
+        known = np.array([item_id in slot for item_id in ids], dtype=bool)
+        places = np.array([slot[item_id] for item_id in ids if item_id in slot], dtype=np.int64)
+        if kind == "flat":
+            _flat_codes(self.faiss_index)[places] = array[known]
+        elif kind == "ivf" and len(places):
+            self.faiss_index.remove_ids(places)
+            self.faiss_index.add_with_ids(array[known], places)
+        elif kind == "graph":
+            for place in places.tolist():
+                self.slots[place] = ""
+            known[:] = False
+        fresh = [item_id for item_id, old in zip(ids, known, strict=True) if not old]
+        if kind == "ivf":
+            self.faiss_index.add_with_ids(array[~known], np.arange(len(self.slots), len(self.slots) + len(fresh)))
+        else:
+            self.faiss_index.add(array[~known])
+        self.slots = [*self.slots, *fresh]
+        self._ids = np.asarray(self.slots, dtype=object)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Take items out. Raises KeyError naming an id that is not there, ValueError where this kind cannot be changed."""
+        gone = known_ids(ids, self.ids)
+        kind = self._changeable()
+        places = np.array([i for i, item_id in enumerate(self.slots) if item_id in gone], dtype=np.int64)
+        if kind == "flat":  # FAISS closes the gaps
+            self.faiss_index.remove_ids(places)
+            self.slots = [item_id for item_id in self.slots if item_id not in gone]
+        else:
+            if kind == "ivf" and len(places):
+                self.faiss_index.remove_ids(places)
+            self.slots = ["" if item_id in gone else item_id for item_id in self.slots]
+        self._ids = np.asarray(self.slots, dtype=object)
+
+    def _changeable(self) -> str:
+        faiss = import_faiss()
+        if isinstance(self.faiss_index, faiss.IndexFlat):
+            return "flat"
+        if isinstance(self.faiss_index, faiss.IndexHNSW):
+            return "graph"
+        outer = isinstance(self.faiss_index, (faiss.IndexIVF, faiss.IndexPreTransform))
+        if outer and isinstance(_core(self.faiss_index), faiss.IndexIVF):
+            return "ivf"
+        raise ValueError(f"an index of factory {self.factory!r} cannot be changed; build it again")
 
     def save(self, folder: str | Path) -> None:
         """Write ``index.faiss``, ``ids.parquet`` and ``manifest.json``; the folder appears complete or not at all."""
@@ -120,7 +203,7 @@ class VectorIndex:
         faiss = import_faiss()
         with replace_folder(Path(folder), "manifest.json", _KIND) as beside:
             faiss.write_index(self.faiss_index, str(beside / "index.faiss"))
-            write_table(pa.table({"id": pa.array(self.ids, pa.string())}), beside / "ids.parquet")
+            write_table(pa.table({"id": pa.array(self.slots, pa.string())}), beside / "ids.parquet")
             manifest = {
                 "kind": _KIND,
                 "format": 1,
@@ -128,7 +211,7 @@ class VectorIndex:
                 "fingerprint": self.fingerprint,
                 "dimension": self.dimension,
                 "count": len(self),
-                "ids_hash": ids_hash(self.ids),
+                "ids_hash": ids_hash(self.slots),
                 "parameters": _get_parameters(self.faiss_index),
                 "files": {name: checksum(beside / name) for name in ("index.faiss", "ids.parquet")},
             }
@@ -152,6 +235,12 @@ class VectorIndex:
         _set_parameters(index, manifest["parameters"])
         ids = pq.read_table(folder / "ids.parquet").column("id").to_pylist()
         return cls(ids, manifest["factory"], manifest["fingerprint"], index, manifest["dimension"])
+
+
+def _flat_codes(index: Any) -> FloatArray:
+    """The vectors of a flat index, ``[N, D]``, as they lie in its memory."""
+    codes: FloatArray = import_faiss().rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d)
+    return codes
 
 
 def _train(index: Any, store: EmbeddingStore, factory: str, seed: int) -> None:

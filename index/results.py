@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -14,9 +14,11 @@ SearchResult: TypeAlias = tuple[npt.NDArray[np.object_], FloatArray]
 """ids ``[B, k]`` (str) and scores ``[B, k]``, best first; a missing place is ("", -inf)."""
 
 
-def check_vectors(vectors: npt.ArrayLike, ids: Sequence[str]) -> FloatArray:
+def check_vectors(vectors: npt.ArrayLike, ids: Sequence[str], dimension: int | None = None) -> FloatArray:
     """Item vectors as float32 ``[N, D]``; raises ValueError on a wrong shape, NaN or infinity, or repeated ids."""
     array = _finite_matrix(vectors, "item vectors")
+    if dimension is not None and array.shape[1] != dimension:
+        raise ValueError(f"item vectors have {array.shape[1]} dimensions, the index has {dimension}")
     if len(array) != len(ids):
         raise ValueError(f"{len(ids)} ids for {len(array)} vectors; there must be one id per vector")
     if len(set(ids)) != len(ids):
@@ -30,6 +32,15 @@ def as_queries(vectors: npt.ArrayLike, dimension: int) -> FloatArray:
     if len(array) and array.shape[1] != dimension:
         raise ValueError(f"query vectors have {array.shape[1]} dimensions, the index has {dimension}")
     return array
+
+
+def known_ids(ids: Sequence[str], known: Iterable[str]) -> set[str]:
+    """``ids`` as a set; raises KeyError naming the first that is not ``known``."""
+    wanted = set(ids)
+    absent = wanted.difference(known)
+    if absent:
+        raise KeyError(f"{len(absent)} of {len(wanted)} ids are not in the index, the first is {min(absent)!r}")
+    return wanted
 
 
 def check_k(k: int) -> int:
