@@ -11,13 +11,21 @@ if TYPE_CHECKING:
     from taoemb.index.channels import BM25Channel, Channel
     from taoemb.index.exact import ExactIndex
     from taoemb.index.faiss_index import VectorIndex
+    from taoemb.index.refresh import IndexRefresher, RefreshConfig
+    from taoemb.index.snapshots import LiveIndex, Snapshots
 
-__all__ = ["BM25Channel", "Channel", "ExactIndex", "VectorIndex"]
+__all__ = [
+    "BM25Channel", "Channel", "ExactIndex", "IndexRefresher", "LiveIndex", "RefreshConfig", "Snapshots", "VectorIndex",
+]  # fmt: skip
 
 _OWNERS = {  # public name -> the module that defines it
     "BM25Channel": "taoemb.index.channels",
     "Channel": "taoemb.index.channels",
     "ExactIndex": "taoemb.index.exact",
+    "IndexRefresher": "taoemb.index.refresh",
+    "LiveIndex": "taoemb.index.snapshots",
+    "RefreshConfig": "taoemb.index.refresh",
+    "Snapshots": "taoemb.index.snapshots",
     "VectorIndex": "taoemb.index.faiss_index",
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from taoemb.files import checksum, read_json, replace_folder, write_json
+from taoemb.files import checksum, read_manifest, replace_folder, write_manifest
 from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors, known_ids
 from taoemb.store import EmbeddingStore, ids_hash
 from taoemb.tables import write_table
@@ -215,7 +215,7 @@ class VectorIndex:
                 "parameters": _get_parameters(self.faiss_index),
                 "files": {name: checksum(beside / name) for name in ("index.faiss", "ids.parquet")},
             }
-            write_json(beside / "manifest.json", manifest)
+            write_manifest(beside / "manifest.json", manifest)
 
     @classmethod
     def load(cls, folder: str | Path) -> VectorIndex:
@@ -227,7 +227,7 @@ class VectorIndex:
         file = folder / "manifest.json"
         if not file.exists():
             raise ValueError(f"{folder} is no saved index (no manifest.json)")
-        manifest = read_json(file)
+        manifest = read_manifest(file)
         for name, expected in manifest["files"].items():
             if not (folder / name).exists() or checksum(folder / name) != expected:
                 raise ValueError(f"{folder / name} is missing or corrupt; build the index again")

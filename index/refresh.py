@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from taoemb.files import read_json
+from taoemb.files import read_manifest
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex
 from taoemb.store import EmbeddingStore
@@ -40,7 +40,7 @@ def load_index(folder: str | Path, device: str = "cpu") -> AnyIndex:
     file = Path(folder) / "manifest.json"
     if not file.exists():
         raise ValueError(f"{folder} is no saved index (no manifest.json)")
-    if "factory" in read_json(file):
+    if "factory" in read_manifest(file):
         return VectorIndex.load(folder)
     return ExactIndex.load(folder, device)
 

@@ -195,6 +195,30 @@ def index_info(index: Annotated[Path, typer.Argument(help="Index folder.")]) -> 
     )
 
 
+@index_app.command("verify")
+@_told_apart
+def index_verify(
+    folder: Annotated[Path, typer.Argument(help="Index, embedding store, or folder of snapshots.")],
+) -> None:
+    """Check every file against its checksum; exit status 1, naming the file, when one is damaged."""
+    from taoemb.index.refresh import load_index
+    from taoemb.index.snapshots import Snapshots
+
+    if (folder / "CURRENT").exists() or Snapshots(folder).generations():
+        snapshots = Snapshots(folder)
+        problems, what = snapshots.verify(), f"generations {snapshots.generations()}"
+    else:
+        try:
+            problems, what = [], f"{len(load_index(folder)):,} items"
+        except ValueError as error:
+            problems, what = [str(error)], ""
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{folder} is whole: {what}")
+
+
 @app.command()
 @_told_apart
 def search(

@@ -28,11 +28,36 @@ def write_text(path: Path, text: str) -> None:
     beside.write_text(text, encoding="utf-8")
     fsync(beside)
     beside.replace(path)
+    fsync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, beside and renamed; NaN is refused (it is not JSON)."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, _json_text(value))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def write_manifest(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON with its own checksum in it."""
+    write_json(path, {**value, "checksum": _text_checksum(_json_text(value))})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read what `write_manifest` wrote; raises ValueError that names the file when a byte of it is another."""
+    value = read_json(path)
+    if not isinstance(value, dict) or "checksum" not in value or path.read_bytes() != _json_text(value).encode():
+        raise ValueError(f"{path} is corrupt")
+    rest = {key: entry for key, entry in value.items() if key != "checksum"}
+    if _text_checksum(_json_text(rest)) != value["checksum"]:
+        raise ValueError(f"{path} is corrupt (its checksum is another)")
+    return rest
+
+
+def _text_checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from taoemb.files import checksum, fsync, read_json, replace_folder, write_json
+from taoemb.files import checksum, fsync, read_json, read_manifest, replace_folder, write_json, write_manifest
 from taoemb.tables import write_table
 from taoemb.types import FloatArray
 
@@ -177,7 +177,7 @@ def _start(folder: Path, ids: Sequence[str], identity: dict[str, Any], shard_row
     for name in ("manifest.json", "partial.json"):
         file = folder / name
         if file.exists():
-            found = read_json(file)
+            found = read_manifest(file) if name == "manifest.json" else read_json(file)
             wrong = [key for key, value in identity.items() if found.get(key) != value]
             if name == "partial.json" and found.get("shard_rows") != shard_rows:
                 wrong.append("shard_rows")
@@ -220,7 +220,7 @@ def _write_shard(folder: Path, number: int, vectors: npt.NDArray[np.float32]) ->
 def _finish(folder: Path, identity: dict[str, Any]) -> None:
     names = ["ids.parquet", *sorted(path.name for path in folder.glob("shard-*.npy"))]
     files = {name: checksum(folder / name) for name in names}
-    write_json(folder / "manifest.json", {**identity, "files": files})
+    write_manifest(folder / "manifest.json", {**identity, "files": files})
     (folder / "partial.json").unlink(missing_ok=True)
 
 
@@ -229,7 +229,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not file.exists():
         what = "is unfinished; run the same encode again" if (folder / "partial.json").exists() else "is no store"
         raise StoreError(f"{folder} {what} (no manifest.json)")
-    manifest: dict[str, Any] = read_json(file)
+    manifest = read_manifest(file)
     if manifest.get("kind") != KIND:
         raise StoreError(f"{folder} is a {manifest.get('kind', 'folder of another kind')}, no {KIND}")
     if manifest.get("format") != FORMAT:

@@ -12,6 +12,8 @@ import taoemb
 from taoemb.catalog import Catalog, ItemTemplate, QuerySet
 from taoemb.cli import app
 from taoemb.encoder import Encoder
+from taoemb.index.refresh import load_index
+from taoemb.index.snapshots import Snapshots
 from taoemb.shop import Shop
 from taoemb.store import EmbeddingStore
 
@@ -336,3 +338,18 @@ def test_data_shop_does_not_replace_somebodys_catalog(tmp_path):
     assert result.exit_code == 2
     assert "has no truth.parquet" in result.output
     assert (tmp_path / "items.parquet").read_bytes() == b"mine"
+
+
+def test_index_verify(tmp_path, run):
+    folder = run[0] / "index"
+    assert "is whole: 600 items" in taoemb_cli("index", "verify", folder).stdout
+    snapshots = Snapshots(tmp_path / "served")
+    snapshots.publish(load_index(folder))
+    assert "is whole: generations [1]" in taoemb_cli("index", "verify", tmp_path / "served").stdout
+    file = tmp_path / "served" / "gen-000001" / "ids.parquet"
+    file.write_bytes(file.read_bytes()[:-1])
+    for one in (tmp_path / "served", file.parent):
+        result = taoemb_cli("index", "verify", one)
+        assert result.exit_code == 1
+        assert "ids.parquet is corrupt" in result.output
+    assert taoemb_cli("index", "verify", tmp_path).exit_code == 1

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import torch
 import taoemb
 from taoemb.catalog import Items, ItemTemplate
 from taoemb.encoder import Encoder
+from taoemb.files import read_manifest, write_manifest
 from taoemb.store import EmbeddingStore, StoreError, encode_corpus
 
 ROWS = 100  # of a shard: the 600 items of the small shop make 6
@@ -207,7 +207,7 @@ def test_what_is_no_store(tmp_path, static_model, items):
         EmbeddingStore.open(tmp_path)
     encode_corpus(Encoder(static_model), items, tmp_path)
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    write_manifest(manifest, {**read_manifest(manifest), "format": 99})
     with pytest.raises(StoreError, match="has format 99"):
         EmbeddingStore.open(tmp_path)
     manifest.write_text("{")

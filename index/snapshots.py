@@ -1,0 +1,156 @@
+"""Generations of an index on disk: readers always find a complete one, also after a kill at any moment.
+
+Layout: ``gen-000007/`` as an index's ``save`` wrote it, and ``CURRENT``, which names the generation in use and is renamed into
+place last. Nothing is ever changed in a generation, so that a reader that holds one is not disturbed by the next.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy.typing as npt
+
+from taoemb.files import write_text
+from taoemb.index.refresh import AnyIndex, load_index, overlap
+from taoemb.index.results import SearchResult
+
+
+class SnapshotError(ValueError):
+    """No generation can be opened, or a new one is not good enough."""
+
+
+class Snapshots:
+    """The generations of one index in a folder. One process at a time publishes, any number read.
+
+    Args:
+        folder: where they are; made when the first is published.
+        keep: generations that are kept, the current one included; 2 or more, so that there is one to fall back to.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        if keep < 2:
+            raise ValueError(f"keep={keep}: keep at least 2 generations, one to fall back to")
+        self.folder, self.keep = Path(folder), keep
+
+    def publish(
+        self,
+        index: AnyIndex,
+        *,
+        probe: npt.ArrayLike | None = None,
+        exact: AnyIndex | None = None,
+        min_recall: float = 0.9,
+        k: int = 10,
+    ) -> int:
+        """Save an index as the next generation and make it the current one; returns its number.
+
+        With ``probe`` queries ``[B, D]`` and an ``exact`` index over the same items the new one must find at least
+        ``min_recall`` of the exact Top-``k`` first. Raises SnapshotError where it does not; what is current stays so.
+        """
+        if (probe is None) != (exact is None):
+            raise ValueError("give both probe and exact, or neither")
+        if probe is not None and exact is not None:
+            recall = overlap(index.search_positions(probe, k)[0], exact.search_positions(probe, k)[0])
+            if recall < min_recall:
+                raise SnapshotError(
+                    f"recall@{k} of the new index is {recall:.3f}, under {min_recall}; it is not published"
+                )
+        for leftover in self.folder.glob(".gen-*"):  # of a publication that was killed
+            shutil.rmtree(leftover)
+        number = max(self.generations(), default=0) + 1
+        index.save(self._path(number))
+        write_text(self.folder / "CURRENT", f"{self._path(number).name}\n")
+        for old in self.generations()[: -self.keep]:
+            hidden = self._path(old).with_name(f".{self._path(old).name}.old")
+            self._path(old).rename(hidden)  # at once: half a generation must not look like one
+            shutil.rmtree(hidden)
+        return number
+
+    def generations(self) -> list[int]:
+        """Numbers of the complete generations, rising."""
+        names = [path.name.removeprefix("gen-") for path in self.folder.glob("gen-*") if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    @property
+    def current(self) -> int | None:
+        """Number of the current generation; None before the first is published.
+
+        Raises SnapshotError where ``CURRENT`` names none that is there.
+        """
+        file = self.folder / "CURRENT"
+        if not file.exists():
+            return None
+        name = file.read_bytes().decode("utf-8", "replace").removesuffix("\n")
+        number = name.removeprefix("gen-")
+        if not number.isdigit() or name != self._path(int(number)).name or int(number) not in self.generations():
+            raise SnapshotError(f"{file} is corrupt: it names {name!r}; there are {self.generations()}")
+        return int(number)
+
+    def open(self, device: str = "cpu") -> tuple[int, AnyIndex]:
+        """The current generation, checksums verified; where it is damaged an older one, with a warning that names the file.
+
+        Raises SnapshotError where none can be opened.
+        """
+        try:
+            current = self.current
+        except SnapshotError as error:
+            warnings.warn(f"{error}; the newest generation is opened", stacklevel=2)
+            current = max(self.generations(), default=None)
+        if current is None:
+            raise SnapshotError(f"{self.folder} holds no published index")
+        problems = []
+        for number in [n for n in reversed(self.generations()) if n <= current]:
+            try:
+                index = load_index(self._path(number), device)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                warnings.warn(f"{'; '.join(problems)}; generation {number} is opened", stacklevel=2)
+            return number, index
+        raise SnapshotError("; ".join(problems))
+
+    def verify(self) -> list[str]:
+        """What is wrong with ``CURRENT`` and every generation, each naming its file; empty when all is well."""
+        problems = []
+        try:
+            _ = self.current
+        except SnapshotError as error:
+            problems.append(str(error))
+        for number in self.generations():
+            try:
+                load_index(self._path(number))
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"gen-{number:06d}"
+
+
+class LiveIndex:
+    """The current generation for searching from many threads; `reload` swaps in a newer one without stopping them.
+
+    A search holds the generation that it began with, so that its results never mix two.
+    """
+
+    def __init__(self, snapshots: Snapshots, device: str = "cpu") -> None:
+        self._snapshots, self._device = snapshots, device
+        self._held = snapshots.open(device)
+
+    @property
+    def generation(self) -> int:
+        """Number of the generation in use."""
+        return self._held[0]
+
+    def reload(self) -> bool:
+        """Open the current generation where it is another than the one in use; returns whether it was."""
+        if self._snapshots.current == self.generation:
+            return False
+        self._held = self._snapshots.open(self._device)
+        return True
+
+    def search(self, vectors: npt.ArrayLike, k: int) -> SearchResult:
+        """As the index's own ``search``."""
+        return self._held[1].search(vectors, k)

@@ -1,0 +1,157 @@
+"""Generations on disk: after a kill at any moment, with any byte flipped, and under searching threads."""
+
+import os
+import random
+import signal
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+from taoemb.index.exact import ExactIndex
+from taoemb.index.faiss_index import VectorIndex
+from taoemb.index.snapshots import LiveIndex, SnapshotError, Snapshots
+from taoemb.store import EmbeddingStore
+
+N, D = 60, 8
+QUERIES = np.random.default_rng(9).normal(size=(4, D)).astype(np.float32)
+KINDS = ["exact", "HNSW8", "IVF4,Flat"]
+
+
+def index_of(generation, kind="exact", n=N):
+    """An index whose ids and vectors tell its generation."""
+    vectors = np.random.default_rng(generation).normal(size=(n, D)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    store = EmbeddingStore([f"g{generation}-{i}" for i in range(n)], [vectors], f"f{generation}")
+    return ExactIndex.build(store) if kind == "exact" else VectorIndex.build(store, kind, deterministic=True)
+
+
+def found(index):
+    return index.search(QUERIES, 5)[0].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_publish_and_open(kind, tmp_path):
+    snapshots = Snapshots(tmp_path / "s")
+    with pytest.raises(SnapshotError, match="holds no published index"):
+        snapshots.open()
+    assert snapshots.current is None
+    for generation in (1, 2, 3):
+        index = index_of(generation, kind)
+        assert snapshots.publish(index) == generation == snapshots.current
+        number, opened = snapshots.open()
+        assert number == generation
+        assert type(opened) is type(index)
+        assert found(opened) == found(index)
+    assert snapshots.generations() == [2, 3]
+    assert snapshots.verify() == []
+
+
+def test_a_bad_index_is_not_published(tmp_path):
+    snapshots, exact = Snapshots(tmp_path), index_of(1)
+    poor = VectorIndex.build(EmbeddingStore(exact.ids, [exact.vectors], ""), "IVF16,Flat", nprobe=1)
+    assert snapshots.publish(exact, probe=QUERIES, exact=exact) == 1
+    with pytest.raises(SnapshotError, match=r"recall@10 of the new index is 0\.\d+, under 0\.9; it is not published"):
+        snapshots.publish(poor, probe=QUERIES, exact=exact)
+    assert snapshots.generations() == [1]
+    with pytest.raises(ValueError, match="both probe and exact"):
+        snapshots.publish(poor, probe=QUERIES)
+    with pytest.raises(ValueError, match="keep at least 2"):
+        Snapshots(tmp_path, keep=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_byte_in_any_file_is_reported_by_name_and_an_older_generation_serves(kind, tmp_path):
+    snapshots = Snapshots(tmp_path / "s")
+    snapshots.publish(index_of(1, kind))
+    snapshots.publish(index_of(2, kind))
+    rng = random.Random(0)
+    files = [path for path in sorted((tmp_path / "s" / "gen-000002").iterdir()) if path.is_file()]
+    assert len(files) >= 3
+    for path in [*files, tmp_path / "s" / "CURRENT"]:
+        content = path.read_bytes()
+        for place in {0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(12))}:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            (problem,) = snapshots.verify() or [f"nothing, with byte {place} flipped"]
+            assert path.name in problem
+            with pytest.warns(UserWarning, match=path.name.replace(".", r"\.")):
+                number, opened = snapshots.open()
+            assert number == (2 if path.name == "CURRENT" else 1)
+            assert found(opened) == found(index_of(number, kind))
+        path.write_bytes(content)
+    assert snapshots.verify() == []
+
+
+def test_when_no_generation_is_whole_all_are_named(tmp_path):
+    snapshots = Snapshots(tmp_path)
+    for generation in (1, 2):
+        snapshots.publish(index_of(generation))
+        (tmp_path / f"gen-{generation:06d}" / "ids.parquet").unlink()
+    with pytest.raises(SnapshotError, match=r"gen-000002/ids\.parquet is missing.*gen-000001/ids\.parquet is missing"):
+        snapshots.open()
+
+
+@pytest.mark.parametrize("kind", ["exact", "HNSW8"])
+def test_after_a_kill_at_any_moment_the_last_complete_generation_opens(kind, tmp_path):
+    """100 kills each: build, save, publication and the removal of old generations run in a process that is killed."""
+    snapshots, rng, seen = Snapshots(tmp_path / "s"), random.Random(1), set()
+    snapshots.publish(index_of(1, kind))
+    expected = {}
+    for _ in range(100):
+        first = snapshots.current
+        child = os.fork()
+        if child == 0:  # no pytest, no cleanup: only the work
+            try:
+                while True:
+                    snapshots.publish(index_of(max(snapshots.generations()) + 1, kind))
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing had to be skipped
+            number, opened = snapshots.open()
+        assert number == snapshots.current >= first
+        assert snapshots.verify() == []
+        expected.setdefault(number, found(index_of(number, kind)))
+        assert found(opened) == expected[number]
+        seen.add(number)
+    assert len(seen) > 20  # the kills did not all come before any work
+    snapshots.publish(index_of(max(snapshots.generations()) + 1, kind))
+    assert len(snapshots.generations()) == 2
+    assert len(list((tmp_path / "s").iterdir())) <= 4  # two generations, CURRENT, at most one unfinished folder
+
+
+def test_readers_go_on_through_50_swaps(tmp_path):
+    snapshots = Snapshots(tmp_path)
+    snapshots.publish(index_of(1, n=2000))
+    live, stop, errors, searched = LiveIndex(snapshots), threading.Event(), [], [0] * 4
+
+    def read(reader):
+        try:
+            while not stop.is_set():
+                ids, _ = live.search(QUERIES, 10)
+                generations = {item_id.split("-")[0] for item_id in ids.ravel().tolist()}
+                assert len(generations) == 1, generations
+                searched[reader] += 1
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test must fail on it
+            errors.append(error)
+
+    readers = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for reader in readers:
+        reader.start()
+    for generation in range(2, 52):
+        snapshots.publish(index_of(generation, n=2000))
+        assert live.reload()
+        assert not live.reload()
+        assert live.generation == generation
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert errors == []
+    assert min(searched) > 10
