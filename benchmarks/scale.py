@@ -100,11 +100,11 @@ def make_shop(folder: Path, items: int) -> None:
 
 def encode(model: str, shop: Path, store: Path) -> None:
     """Encode the shop's items; goes on where it was."""
-    from taoemb.catalog import Catalog
+    from taoemb.catalog import Items
     from taoemb.encoder import Encoder
     from taoemb.store import encode_corpus
 
-    encode_corpus(Encoder(model), Catalog.load(shop).items, store)
+    encode_corpus(Encoder(model), Items.load(shop), store)
 
 
 def random_store(folder: Path, count: int, dimension: int) -> None:

@@ -70,6 +70,12 @@ class Items(Sequence[Item]):
         self.table = table.combine_chunks()
         self._cache: dict[int, Item] = {}
 
+    @classmethod
+    def load(cls, folder: str | Path) -> Items:
+        """The items of a catalog folder without its queries, grades and clicks; raises as `Catalog.load` does."""
+        file = _items_file(Path(folder))
+        return cls(_checked_items(read_table(file, ITEMS), file.name))
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
@@ -290,14 +296,8 @@ class Catalog:
         SchemaError, naming file, row and column, when a table cannot be used.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not a folder; a catalog is a folder with items.parquet, .jsonl or .csv"
-            )
-        files = {spec.name: _find(folder, spec.name) for spec in (ITEMS, QUERIES, QRELS, CLICKS)}
-        items = files["items"]
-        if items is None:
-            raise FileNotFoundError(f"{folder} holds no items.parquet, items.jsonl or items.csv")
+        items = _items_file(folder)
+        files = {"items": items} | {spec.name: _find(folder, spec.name) for spec in (QUERIES, QRELS, CLICKS)}
         metadata_file = folder / "catalog.json"
         metadata: dict[str, Any] = {}
         if metadata_file.exists():
@@ -321,12 +321,7 @@ class Catalog:
     ) -> Catalog:
         """Check tables in the file schemas and make a catalog of them; ``sources`` are file names for errors."""
         source = {name: (sources or {}).get(name, name) for name in ("items", "queries", "qrels", "clicks")}
-        items = normalize_table(items, ITEMS, source["items"])
-        if items.num_rows == 0:
-            raise SchemaError(source["items"], None, "", "there are no items")
-        _check_ids(items, source["items"])
-        _check_text(items, "title", source["items"])
-        _check_attributes(items, source["items"])
+        items = _checked_items(items, source["items"])
         query_set = QuerySet([]) if queries is None else QuerySet.from_table(queries, source["queries"])
         unjudged = (metadata or {}).get("unjudged")
         if unjudged is not None and unjudged not in range(MAX_GRADE + 1):
@@ -384,6 +379,25 @@ class Catalog:
         if taken:
             raise ValueError(f"query id {min(taken)!r} is already in the catalog")
         return replace(self, queries=QuerySet([*self.queries, *queries]))
+
+
+def _items_file(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; a catalog is a folder with items.parquet, .jsonl or .csv")
+    file = _find(folder, ITEMS.name)
+    if file is None:
+        raise FileNotFoundError(f"{folder} holds no items.parquet, items.jsonl or items.csv")
+    return file
+
+
+def _checked_items(table: pa.Table, source: str) -> pa.Table:
+    table = normalize_table(table, ITEMS, source)
+    if table.num_rows == 0:
+        raise SchemaError(source, None, "", "there are no items")
+    _check_ids(table, source)
+    _check_text(table, "title", source)
+    _check_attributes(table, source)
+    return table
 
 
 def _find(folder: Path, name: str) -> Path | None:

@@ -158,11 +158,11 @@ def encode(
     out: Out,
 ) -> None:
     """Encode a catalog's items into an embedding store; a second call goes on after a kill."""
-    from taoemb.catalog import Catalog
+    from taoemb.catalog import Items
     from taoemb.encoder import Encoder
     from taoemb.store import encode_corpus
 
-    store = encode_corpus(Encoder(model), Catalog.load(data).items, out, progress=True)
+    store = encode_corpus(Encoder(model), Items.load(data), out, progress=True)
     typer.echo(f"{out}: {len(store):,} embeddings of {store.dimension} dimensions", err=True)
 
 
@@ -227,7 +227,7 @@ def search(
     k: Annotated[int, typer.Option("-k", help="Number of items.")] = 10,
 ) -> None:
     """Print the items that a trained run finds for a query."""
-    from taoemb.catalog import Catalog
+    from taoemb.catalog import Items
     from taoemb.config import load_config
     from taoemb.encoder import Encoder
     from taoemb.index.refresh import load_index
@@ -237,7 +237,7 @@ def search(
         raise ValueError("the query is empty; give what a shopper would type")
     if not (run / "index").is_dir() or not (run / "model").is_dir():
         raise ValueError(f"{run} is no finished run folder (no model/ and index/); train one with `taoemb train`")
-    items = Catalog.load(load_config(TrainConfig, run / "config.yaml").data).items
+    items = Items.load(load_config(TrainConfig, run / "config.yaml").data)
     encoder, index = Encoder(run / "model"), load_index(run / "index")
     if index.fingerprint != encoder.fingerprint:
         raise ValueError(f"{run / 'index'} was built with another encoder than {run / 'model'}; build it again")

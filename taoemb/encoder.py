@@ -72,7 +72,7 @@ class Encoder:
         self.model = model.float().eval()  # distilled static models are saved as float16, in which Adam overflows
         self.template = template or saved or ItemTemplate()
         self._static = isinstance(model[0], StaticEmbedding)
-        self._tokens: dict[str, npt.NDArray[np.int64]] = {}
+        self._tokens: dict[str, npt.NDArray[np.int32]] = {}
         self.batch_size = batch_size or (2048 if self._static else 64)
         documents = (model.prompts[name] for name in _DOCUMENT_PROMPTS if model.prompts.get(name))
         self.prompts: dict[Kind, str | None] = {
@@ -156,10 +156,18 @@ class Encoder:
             encoded = self.model[0].tokenizer.encode_batch(  # type: ignore[union-attr,operator]
                 new, add_special_tokens=False
             )
-            self._tokens.update(zip(new, (np.asarray(e.ids, dtype=np.int64) for e in encoded), strict=True))
+            self._tokens.update(zip(new, (np.asarray(e.ids, dtype=np.int32) for e in encoded), strict=True))
         rows = [self._tokens[text] for text in texts]
         offsets = np.cumsum([0, *(len(row) for row in rows[:-1])])
-        return {"input_ids": torch.from_numpy(np.concatenate(rows)), "offsets": torch.from_numpy(offsets)}
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(rows).astype(np.int64)),
+            "offsets": torch.from_numpy(offsets),
+        }
+
+    def forget_tokens(self) -> None:
+        """Drop the token ids that are kept of the texts encoded last (static models keep them: training encodes a text
+        many times)."""
+        self._tokens.clear()
 
     @property
     def fingerprint(self) -> str:

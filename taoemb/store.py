@@ -124,6 +124,7 @@ def encode_corpus(
         shards = _encode_shards(encoder, items, done, shard_rows, progress)
         for number, shard in enumerate(shards, start=done):
             _write_shard(folder, number, shard)
+            encoder.forget_tokens()  # memory stays at a shard's
         _finish(folder, identity)
     return EmbeddingStore.open(folder)
 
@@ -137,7 +138,7 @@ def _encode_shards(
     ) as bar:
         for start in range(first, len(items), shard_rows):
             rows = range(start, min(start + shard_rows, len(items)))
-            vectors = encoder.encode_document([items[i] for i in rows])
+            vectors = encoder.encode_document(items[rows.start : rows.stop])
             if not np.isfinite(vectors).all():
                 bad = items.ids[rows[int(np.argmin(np.isfinite(vectors).all(axis=1)))]]
                 raise StoreError(f"the encoder gave a NaN or infinite embedding for item {bad!r}")

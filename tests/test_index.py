@@ -1,9 +1,13 @@
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex
@@ -458,3 +462,45 @@ def test_faiss_own_id_map_over_an_inverted_file_is_why_there_is_none_here():
     faiss.downcast_index(mapped.index).nprobe = 4
     hits = mapped.search(VECTORS[100:], 1)[1][:, 0] == np.arange(100, N) + 1000
     assert hits.mean() < 0.5
+
+
+# Any sequence of changes ----------------------------------------------------------------------------------------------
+
+
+def row(seed):
+    return unit(np.random.default_rng(seed), 1)[0]
+
+
+names = st.integers(0, 30).map(lambda i: f"item {i}")
+operations = st.one_of(
+    st.tuples(st.just("update"), st.dictionaries(names, st.integers(0, 10_000), max_size=12)),
+    st.tuples(st.just("remove"), st.sets(names, max_size=8)),
+    st.tuples(st.just("reload"), st.none()),
+)
+
+
+@pytest.mark.parametrize("string", ["exact", "Flat", "HNSW32", "IVF4,Flat"])
+@settings(max_examples=25, deadline=None)
+@given(st.lists(operations, max_size=12))
+def test_any_sequence_of_changes_is_a_rebuild(string, sequence):
+    truth = {f"start {i}": VECTORS[i] for i in range(40)}
+    index = changing(string, EmbeddingStore(list(truth), [np.array(list(truth.values()))], "f"))
+    for what, argument in sequence:
+        if what == "update":
+            new = {name: row([7, seed, int(name[5:])]) for name, seed in argument.items()}  # no two alike: no ties
+            index.update(list(new), np.array(list(new.values()), np.float32).reshape(-1, D))
+            truth |= new
+        elif what == "remove":
+            there = sorted(argument & truth.keys())
+            index.remove(there)
+            truth = {name: vector for name, vector in truth.items() if name not in there}
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                index.save(Path(folder) / "i")
+                index = load_index(Path(folder) / "i")
+        assert len(index) == len(truth)
+    afresh = ExactIndex(list(truth), np.array(list(truth.values())))
+    found, scores = index.search(QUERIES, 10)
+    wanted, best = afresh.search(QUERIES, 10)
+    assert found.tolist() == wanted.tolist()
+    np.testing.assert_allclose(scores, best, atol=1e-5)
