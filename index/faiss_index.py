@@ -18,8 +18,39 @@ from taoemb.types import FloatArray
 
 _TRAIN_ROWS = 262_144
 """Vectors that a quantizer is trained on at most; our choice."""
+_EXACT_NUMBERS = 50_000_000
+"""Numbers (vectors x dimensions) up to which exact search is chosen: 200 MB, about 20 ms of one core's bandwidth."""
 _KIND = "vector index"
 _PARAMETERS = ("nprobe", "efSearch")
+
+
+def auto_factory(count: int, dimension: int, memory_gib: float = 4.0) -> tuple[str, str]:
+    """A factory string for ``count`` vectors, and why: exact search while a query costs a few milliseconds on a core, then
+    an inverted file in float32, then in one byte a dimension, then in half of one, as far as the memory allows.
+
+    The limits are our choice, from measurements on two CPU cores (benchmarks/LOG.md).
+
+    Raises ValueError when even the smallest does not fit.
+
+    >>> auto_factory(20_000, 256)
+    ('Flat', '20,000 x 256: exact search, 0.02 GiB')
+    >>> auto_factory(1_000_000, 256)[0]
+    'IVF4096,Flat'
+    >>> auto_factory(10_000_000, 256, memory_gib=4)[0]
+    'IVF16384,SQ8'
+    """
+    lists = 1 << round(np.log2(4 * np.sqrt(max(1, count))))
+    sizes = {f"IVF{lists},Flat": 4.0 * dimension + 8, f"IVF{lists},SQ8": dimension + 8.0,
+             f"IVF{lists},SQ4": dimension / 2 + 8}  # fmt: skip
+    if count * dimension <= _EXACT_NUMBERS:
+        sizes = {"Flat": 4.0 * dimension, **sizes}
+    for factory, row_bytes in sizes.items():
+        size = count * row_bytes / 2**30
+        if size <= memory_gib:
+            what = "exact search" if factory == "Flat" else f"{factory}, 1 list in 16 is probed"
+            return factory, f"{count:,} x {dimension}: {what}, {size:.2f} GiB"
+    raise ValueError(f"{count:,} vectors of {dimension} dimensions need {size:.1f} GiB even as {factory}, {memory_gib:g} are "
+                     "allowed; allow more, shorten the vectors or use several machines")  # fmt: skip
 
 
 def import_faiss() -> Any:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from taoemb.files import read_manifest
 from taoemb.index.exact import ExactIndex
-from taoemb.index.faiss_index import VectorIndex
+from taoemb.index.faiss_index import VectorIndex, auto_factory
 from taoemb.store import EmbeddingStore
 from taoemb.types import FloatArray
 
@@ -29,7 +29,9 @@ _BLOCK = 65_536
 
 def build_index(store: EmbeddingStore, factory: str = "Flat", device: str = "cpu") -> AnyIndex:
     """An index by factory string: ``Flat`` is exact search (no faiss needed), anything else is FAISS, built so that it
-    comes out the same every time."""
+    comes out the same every time; ``auto`` chooses (`auto_factory`)."""
+    if factory == "auto":
+        factory, _ = auto_factory(len(store), store.dimension)
     if factory == "Flat":
         return ExactIndex.build(store, device)
     return VectorIndex.build(store, factory, deterministic=True)

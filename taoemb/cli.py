@@ -171,14 +171,20 @@ def encode(
 def index_build(
     store: Annotated[Path, typer.Argument(help="Embedding store, as `taoemb encode` writes it.")],
     out: Out,
-    factory: Annotated[str, typer.Option(help="FAISS factory string; Flat is exact.")] = "Flat",
+    factory: Annotated[str, typer.Option(help="FAISS factory string; Flat is exact, auto chooses.")] = "auto",
+    memory: Annotated[float, typer.Option(help="GiB that auto may fill.")] = 4.0,
 ) -> None:
     """Build an index over an embedding store."""
+    from taoemb.index.faiss_index import auto_factory
     from taoemb.index.refresh import build_index
     from taoemb.store import EmbeddingStore
 
     start = time.perf_counter()
-    index = build_index(EmbeddingStore.open(store), factory)
+    opened = EmbeddingStore.open(store)
+    if factory == "auto":
+        factory, why = auto_factory(len(opened), opened.dimension, memory)
+        typer.echo(why, err=True)
+    index = build_index(opened, factory)
     index.save(out)
     typer.echo(f"{out}: {factory} over {len(index):,} vectors ({time.perf_counter() - start:.1f} s)", err=True)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taoemb.index.exact import ExactIndex
-from taoemb.index.faiss_index import VectorIndex
+from taoemb.index.faiss_index import VectorIndex, auto_factory
 from taoemb.index.refresh import build_index, load_index, overlap
 from taoemb.index.results import check_vectors
 from taoemb.store import EmbeddingStore
@@ -504,3 +504,26 @@ def test_any_sequence_of_changes_is_a_rebuild(string, sequence):
     wanted, best = afresh.search(QUERIES, 10)
     assert found.tolist() == wanted.tolist()
     np.testing.assert_allclose(scores, best, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "dimension", "memory", "factory"), [
+    (1, 8, 1, "Flat"), (100_000, 256, 1, "Flat"), (1_000_000, 256, 4, "IVF4096,Flat"), (10_000_000, 256, 4, "IVF16384,SQ8"),
+    (10_000_000, 255, 1.5, "IVF16384,SQ4"),
+])  # fmt: skip
+def test_auto_chooses_what_fits_the_memory_and_says_why(count, dimension, memory, factory):
+    chosen, why = auto_factory(count, dimension, memory)
+    assert chosen == factory
+    assert f"{count:,} x {dimension}" in why
+    with pytest.raises(ValueError, match="need .* GiB even as IVF"):
+        auto_factory(10**9, dimension, memory)
+
+
+@pytest.mark.filterwarnings("ignore:.*swigvarlink")
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "IVF16,SQ4"])
+def test_what_auto_may_choose_can_be_built_and_changed(factory, monkeypatch, tmp_path):
+    vectors = unit(np.random.default_rng(4), 2000)
+    index = VectorIndex.build(store(vectors), factory)
+    index.update(["new"], QUERIES[:1])
+    assert index.search(QUERIES[:1], 1)[0].tolist() == [["new"]]
+    monkeypatch.setattr("taoemb.index.refresh.auto_factory", lambda count, dimension: (factory, ""))
+    assert build_index(store(vectors), "auto").factory == factory
