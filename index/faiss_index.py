@@ -16,8 +16,8 @@ from taoemb.store import EmbeddingStore, ids_hash
 from taoemb.tables import write_table
 from taoemb.types import FloatArray
 
-_TRAIN_ROWS = 262_144
-"""Vectors that a quantizer is trained on at most; our choice."""
+_TRAIN_ROWS, _TRAIN_ROWS_PER_LIST = 262_144, 40
+"""Vectors that a quantizer is trained on at most, and more where it has so many lists that FAISS wants them; our choice."""
 _EXACT_NUMBERS = 50_000_000
 """Numbers (vectors x dimensions) up to which exact search is chosen: 200 MB, about 20 ms of one core's bandwidth."""
 _KIND = "vector index"
@@ -80,7 +80,11 @@ class VectorIndex:
     dimension: int
 
     def __post_init__(self) -> None:
-        self._ids = np.asarray(self.slots, dtype=object)
+        self._hold(self.slots)
+
+    def _hold(self, slots: list[str]) -> None:
+        self.slots, self._ids = slots, np.asarray(slots, dtype=object)
+        self._empty = np.flatnonzero(self._ids == "").astype(np.int64)
 
     @property
     def ids(self) -> list[str]:
@@ -134,11 +138,7 @@ class VectorIndex:
         return cls(store.ids, factory, store.fingerprint, index, store.dimension)
 
     def __len__(self) -> int:
-        return len(self.slots) - self._empty
-
-    @property
-    def _empty(self) -> int:
-        return int((self._ids == "").sum())
+        return len(self.slots) - len(self._empty)
 
     def search(self, vectors: npt.ArrayLike, k: int) -> SearchResult:
         """The Top-``k`` of ``B`` query vectors ``[B, D]``: ids ``[B, k]`` and scores ``[B, k]``, best first.
@@ -162,11 +162,10 @@ class VectorIndex:
 
     def _without_empty(self) -> Any:
         """For a graph, whose nodes stay when an item goes: search parameters that leave the empty places out."""
-        if not self._empty or not hasattr(self.faiss_index, "hnsw"):
+        if not len(self._empty) or not hasattr(self.faiss_index, "hnsw"):
             return None
         faiss = import_faiss()
-        empty = np.flatnonzero(self._ids == "").astype(np.int64)
-        batch = faiss.IDSelectorBatch(empty)
+        batch = faiss.IDSelectorBatch(self._empty)
         left = faiss.IDSelectorNot(batch)
         left.batch = batch  # FAISS keeps a pointer, Python must keep the object
         return faiss.SearchParametersHNSW(efSearch=self.faiss_index.hnsw.efSearch, sel=left)
@@ -199,8 +198,7 @@ class VectorIndex:
             self.faiss_index.add_with_ids(array[~known], np.arange(len(self.slots), len(self.slots) + len(fresh)))
         else:
             self.faiss_index.add(array[~known])
-        self.slots = [*self.slots, *fresh]
-        self._ids = np.asarray(self.slots, dtype=object)
+        self._hold([*self.slots, *fresh])
 
     def remove(self, ids: Sequence[str]) -> None:
         """Take items out. Raises KeyError naming an id that is not there, ValueError where this kind cannot be changed."""
@@ -209,12 +207,11 @@ class VectorIndex:
         places = np.array([i for i, item_id in enumerate(self.slots) if item_id in gone], dtype=np.int64)
         if kind == "flat":  # FAISS closes the gaps
             self.faiss_index.remove_ids(places)
-            self.slots = [item_id for item_id in self.slots if item_id not in gone]
+            self._hold([item_id for item_id in self.slots if item_id not in gone])
         else:
             if kind == "ivf" and len(places):
                 self.faiss_index.remove_ids(places)
-            self.slots = ["" if item_id in gone else item_id for item_id in self.slots]
-        self._ids = np.asarray(self.slots, dtype=object)
+            self._hold(["" if item_id in gone else item_id for item_id in self.slots])
 
     def _changeable(self) -> str:
         faiss = import_faiss()
@@ -275,7 +272,8 @@ def _flat_codes(index: Any) -> FloatArray:
 
 
 def _train(index: Any, store: EmbeddingStore, factory: str, seed: int) -> None:
-    rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:_TRAIN_ROWS])
+    wanted = max(_TRAIN_ROWS, _TRAIN_ROWS_PER_LIST * getattr(_core(index), "nlist", 0))
+    rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:wanted])
     edges = np.cumsum([0, *(len(shard) for shard in store.shards)])
     parts = [
         shard[rows[(rows >= low) & (rows < high)] - low]

@@ -201,6 +201,35 @@ def index_info(index: Annotated[Path, typer.Argument(help="Index folder.")]) -> 
     )
 
 
+@index_app.command("bench")
+@_told_apart
+def index_bench(
+    store: Annotated[Path, typer.Argument(help="Embedding store, as `taoemb encode` writes it.")],
+    out: Out,
+    factory: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="FAISS factory string, exact, hnswlib or usearch; may be repeated. Without it: the usual ones."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Items per query.")] = 10,
+    min_recall: Annotated[float, typer.Option(help="Recall that the recommended index must reach.")] = 0.95,
+) -> None:
+    """Compare indexes on your own vectors: recall, speed, memory, build and update; holds all of them in memory at once."""
+    from taoemb.index.bench import bench, describe, recommend, write_bench
+    from taoemb.store import EmbeddingStore
+
+    opened = EmbeddingStore.open(store)
+    rows = bench(opened, candidates=factory, k=k, progress=lambda text: typer.echo(text, err=True))
+    meta = describe(opened, candidates=factory, k=k) | {"store": str(store), "version": __version__}
+    page = write_bench(rows, meta, out, min_recall)
+    for row in rows:
+        typer.echo(f"{row.name:28s} recall@{row.k} {row.recall_at_k:.3f}  {row.queries_per_second:9,.0f} queries/s  "
+                   f"p50 {row.p50_ms:.3f} ms  p99 {row.p99_ms:.3f} ms  {row.size_mb:,.1f} MB")  # fmt: skip
+    typer.echo(recommend(rows, min_recall)[1])
+    typer.echo(f"look at {page}", err=True)
+
+
 @index_app.command("verify")
 @_told_apart
 def index_verify(

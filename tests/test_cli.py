@@ -353,3 +353,17 @@ def test_index_verify(tmp_path, run):
         assert result.exit_code == 1
         assert "ids.parquet is corrupt" in result.output
     assert taoemb_cli("index", "verify", tmp_path).exit_code == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*swigvarlink")
+def test_index_bench(run, tmp_path):
+    result = taoemb_cli(
+        "index", "bench", run[0] / "index", "--out", tmp_path / "b", "--factory", "exact", "--factory", "HNSW8"
+    )
+    assert result.exit_code == 0, result.output
+    assert "recall@10 1.000" in result.output
+    assert "HNSW8" in result.output
+    assert (tmp_path / "b" / "bench.html").is_file()
+    assert "no FAISS factory string" in refused(
+        "index", "bench", run[0] / "index", "--out", tmp_path / "c", "--factory", "NOPE"
+    )
