@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from taoemb.index.channels import BM25Channel, Channel
     from taoemb.index.exact import ExactIndex
     from taoemb.index.faiss_index import VectorIndex
+    from taoemb.index.milvus import MilvusIndex
     from taoemb.index.refresh import IndexRefresher, RefreshConfig
     from taoemb.index.snapshots import LiveIndex, Snapshots
 
 __all__ = [
-    "BM25Channel", "Channel", "ExactIndex", "IndexRefresher", "LiveIndex", "RefreshConfig", "Snapshots", "VectorIndex",
+    "BM25Channel", "Channel", "ExactIndex", "IndexRefresher", "LiveIndex", "MilvusIndex", "RefreshConfig", "Snapshots", "VectorIndex",
 ]  # fmt: skip
 
 _OWNERS = {  # public name -> the module that defines it
@@ -24,6 +25,7 @@ _OWNERS = {  # public name -> the module that defines it
     "ExactIndex": "taoemb.index.exact",
     "IndexRefresher": "taoemb.index.refresh",
     "LiveIndex": "taoemb.index.snapshots",
+    "MilvusIndex": "taoemb.index.milvus",
     "RefreshConfig": "taoemb.index.refresh",
     "Snapshots": "taoemb.index.snapshots",
     "VectorIndex": "taoemb.index.faiss_index",
