@@ -43,7 +43,7 @@ CURVES: Mapping[str, Mapping[str, tuple[str, str]]] = {  # group -> key -> title
         "zero_variance_share": ("Groups without a signal", "share of queries whose candidates all got the same reward"),
         "effective_rank": ("Effective rank", "of the query batch; a fall means that the embeddings collapse"),
         "cosine_to_reference": ("Cosine to the reference", "of query embeddings with stage 1's; 1 is unmoved"),
-        "overlap@K": ("Overlap of stale and fresh", "the index against the current encoder; dotted: index refreshed"),
+        "overlap@K": ("Overlap of stale and fresh", "at a refresh (dotted): share of the new Top-K that the old index had"),
         "hubness_skew": ("Hubness skew", "of items' counts as candidates; a rise: few items crowd the lists"),
         "judge_calls": ("Judge calls", "pairs sent to the judge so far"),
         "judge_cache_hit_rate": ("Judge cache hits", "share of pairs answered from the cache so far"),
@@ -117,8 +117,6 @@ def training_curves(logs: Logs, torn: Sequence[str]) -> str:
         charts = [_curve(logs, key, label, note) for key, (label, note) in curves.items()]
         if group == "Optimisation":  # losses of different systems are no more comparable than their formulas
             charts = [_curve({name: log}, "loss", f"Loss of {name}") for name, log in logs.items()] + charts
-        else:
-            charts.append(_overlap_by_age(logs))
         parts.append(_grid(group, charts))
         shown |= set(curves)
     parts.append(_grid("Time", [_time_shares(name, log) for name, log in logs.items()]))
@@ -158,23 +156,6 @@ def _curve(logs: Logs, key: str, title: str, note: str = "") -> str:
 def _end(curve: Curve) -> float:
     smooth = curve.smooth()
     return float(f"{smooth[np.isfinite(smooth)][-1]:.3g}")
-
-
-def _overlap_by_age(logs: Logs) -> str:
-    """How fast the index goes stale: overlap against the steps since its refresh."""
-    curves = []
-    for name, log in logs.items():
-        if "overlap@K" not in log or "index_age" not in log:
-            continue
-        ages = np.unique(log["index_age"][np.isfinite(log["index_age"] + log["overlap@K"])])
-        means = np.array([np.nanmean(log["overlap@K"][log["index_age"] == age]) for age in ages])
-        if len(ages) > 1:
-            curves.append(Curve(name, color_of(name), ages, means))
-    if not curves:
-        return ""
-    keys = [(curve.color, f"{curve.name} {compact(_end(curve))}") for curve in curves]
-    title, note = "Overlap by age of the index", "mean per age: if it falls low, refresh more often"
-    return figure(title, line_chart(title, curves, x_title="index age"), note, keys)
 
 
 def _time_shares(name: str, log: Mapping[str, Floats]) -> str:

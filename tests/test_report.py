@@ -269,7 +269,6 @@ def test_the_page_is_well_formed_small_and_has_every_part(run: Path, text: str) 
         "Effective rank",
         "Cosine to the reference",
         "Groups without a signal",
-        "Overlap by age",
         "Hubness skew",
         "Judge calls",
         "Judge cache hits",
