@@ -157,6 +157,17 @@ class IndexRefresher:
         """Mean number of steps since the vectors in the index were encoded."""
         return float(step - self._encoded_at_N.mean()) if len(self) else 0.0
 
+    def forecast(self, steps: int, full_seconds: float) -> str:
+        """One line on what the refreshes of ``steps`` steps will cost, where encoding everything takes ``full_seconds``."""
+        config = self.config
+        if not config.steps or steps <= config.steps:
+            return f"index: no refresh in {steps:,} steps"
+        times = (steps - 1) // config.steps
+        share = {"full": 1.0, "touched": 0.0}.get(config.mode, config.share)
+        seconds = share * full_seconds
+        return (f"index: {config.mode} refresh every {config.steps} steps, {times} times, {share:.0%} of {len(self):,} items "
+                f"encoded each time, about {seconds:.1f} s, {times * seconds:.0f} s in all")  # fmt: skip
+
     def state(self) -> dict[str, np.ndarray]:
         """All that a resumed run needs; see `restore`."""
         touched = np.array(sorted(self._touched), dtype=np.int64)

@@ -7,6 +7,7 @@ Dropout is off, so that the policy that is updated is the policy that retrieved.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from taoemb import losses
 from taoemb.advantages import Aggregation, Scale, group_advantages, group_moments, total_reward, zero_variance
@@ -215,10 +217,14 @@ class RetrievalGRPOTrainer:
         encoder.model.eval()
         optimizer = make_optimizer(encoder, config.learning_rate)
         folder, identity = self.run_dir / "checkpoints" / self.name, self._identity()
+        begin = time.perf_counter()
         store = encode_corpus(encoder, self.catalog.items)
+        spent = time.perf_counter() - begin
         self.reference_ND = torch.from_numpy(np.ascontiguousarray(store.vectors)).to(encoder.device)
         self.reference_QD = torch.from_numpy(encoder.encode_query(self.query_texts)).to(encoder.device)
         self.refresher = IndexRefresher(self._encoder_of_now, self._build_index, store, config.refresh)
+        if "console" in self.trackers:
+            tqdm.write(self.refresher.forecast(config.steps, spent), file=sys.stderr)
         self.item_encodings = len(store)
         start = self._restore(load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity))
         with Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,

@@ -272,3 +272,17 @@ def test_an_empty_catalog():
                            EmbeddingStore([], [np.zeros((0, D), np.float32)], ""), RefreshConfig("rolling", 1))  # fmt: skip
     assert index.refresh_if_due(1)
     assert index.age(1) == 0
+
+
+@pytest.mark.parametrize(("config", "line"), [
+    ({"steps": 100}, "full refresh every 100 steps, 6 times, 100% of 400 items encoded each time, about 3.0 s, 18 s in all"),
+    ({"steps": 100, "mode": "touched"}, "touched refresh every 100 steps, 6 times, 0% of 400 items"),
+    ({"steps": 50, "mode": "rolling", "share": 0.2}, "every 50 steps, 13 times, 20% of 400 items encoded each time, about 0.6 s"),
+    ({"steps": 0}, "no refresh in 700 steps"), ({"steps": 700}, "no refresh in 700 steps"),
+])  # fmt: skip
+def test_forecast(config, line):
+    encoder = Drifting()
+    index = refresher(encoder, **config)
+    assert line in index.forecast(700, 3.0)
+    done = run(index, encoder, 700)
+    assert f" {len(done)} times" in index.forecast(700, 3.0) or not done
