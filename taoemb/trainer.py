@@ -10,7 +10,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -227,7 +227,7 @@ class RetrievalGRPOTrainer:
             tqdm.write(self.refresher.forecast(config.steps, spent), file=sys.stderr)
         self.item_encodings = len(store)
         start = self._restore(load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity))
-        with Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,
+        with closing(self.refresher), Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,
                      total_steps=config.steps, console_every=50, console_keys=CONSOLE) as tracker:  # fmt: skip
             for step in range(start, config.steps):
                 self._seconds = {}
@@ -242,7 +242,6 @@ class RetrievalGRPOTrainer:
                 if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
                     save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
                                     extra=self._extra(), arrays=self.refresher.state())  # fmt: skip
-        self.refresher.close()
         return self.item_encodings
 
     def _refresh_if_due(self, step: int) -> None:
