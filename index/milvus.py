@@ -223,7 +223,7 @@ class MilvusIndex:
             properties={f"taoemb.{key}": str(value) for key, value in metadata.items()},  # Lite keeps no description
         )
         start = 0
-        for shard in store.shards:
+        for shard in store.blocks():
             ids = store.ids[start : start + len(shard)]
             for rows in _batches(ids, store.dimension, batch_rows):
                 self._upsert(collection, ids[rows], check_vectors(shard[rows], ids[rows]))

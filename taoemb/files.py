@@ -68,7 +68,7 @@ def replace_folder(folder: Path, marker: str, kind: str = "") -> Iterator[Path]:
     its ``kind``. Raises FileExistsError where ``folder`` holds anything else: it would be lost. A kill leaves the old folder, or for the moment between two renames its
     hidden ``.NAME.old``, which `recover_folder` and the next `replace_folder` put back.
     """
-    beside, old = _beside(folder, "tmp"), _beside(folder, "old")
+    beside = _beside(folder, "tmp")
     recover_folder(folder)
     if folder.exists() and not (folder.is_dir() and (_is_kind(folder / marker, kind) or not any(folder.iterdir()))):
         what = f"{marker} of a {kind}" if kind else marker
@@ -79,6 +79,12 @@ def replace_folder(folder: Path, marker: str, kind: str = "") -> Iterator[Path]:
     yield beside
     for path in sorted(beside.rglob("*")):
         fsync(path)
+    take_place(beside, folder)
+
+
+def take_place(beside: Path, folder: Path) -> None:
+    """Put the folder ``beside``, whose files are written through, in the place of ``folder``; see `replace_folder`."""
+    old = _beside(folder, "old")
     fsync(beside)
     if folder.exists():
         folder.rename(old)

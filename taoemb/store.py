@@ -7,20 +7,34 @@ folder without it is unfinished work that `encode_corpus` continues.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from tqdm import tqdm
 
-from taoemb.files import checksum, fsync, read_json, read_manifest, replace_folder, write_json, write_manifest
+from taoemb.files import (
+    checksum,
+    fsync,
+    read_json,
+    read_manifest,
+    recover_folder,
+    replace_folder,
+    take_place,
+    write_json,
+    write_manifest,
+)  # fmt: skip
 from taoemb.tables import write_table
 from taoemb.types import FloatArray
 
@@ -32,6 +46,11 @@ FORMAT = 1
 KIND = "embedding store"
 SHARD_ROWS = 16_384
 """Rows of a shard, the unit that a resumed encode does not repeat; our choice."""
+_BLOCK_ROWS = 65_536
+StoreType = Literal["float32", "float16", "int8"]
+"""Numbers of a stored vector. ``int8``: a row times 127 over its largest number, rounded; its length needs no place,
+because the vectors are unit vectors."""
+Hashes: TypeAlias = npt.NDArray[np.uint64]
 
 
 class StoreError(ValueError):
@@ -42,11 +61,12 @@ class StoreError(ValueError):
 class EmbeddingStore:
     """``N`` unit vectors with their ids, in memory or memory-mapped.
 
-    ``shards`` are float32 ``[n, D]`` blocks in order; ``fingerprint`` is that of the encoder that made them.
+    ``shards`` are ``[n, D]`` blocks in order, all of one `StoreType`; `vectors` and `blocks` give float32 of any.
+    ``fingerprint`` is that of the encoder that made them.
     """
 
     ids: list[str]
-    shards: list[npt.NDArray[np.float32]]
+    shards: list[npt.NDArray[Any]]
     fingerprint: str
 
     def __post_init__(self) -> None:
@@ -62,10 +82,36 @@ class EmbeddingStore:
         """Number of dimensions ``D``."""
         return int(self.shards[0].shape[1]) if self.shards else 0
 
+    @property
+    def dtype(self) -> str:
+        """The `StoreType`."""
+        return self.shards[0].dtype.name if self.shards else "float32"
+
     @cached_property
     def vectors(self) -> FloatArray:
-        """All vectors as one ``[N, D]`` array: the memory map itself where there is one shard, else a copy."""
-        return self.shards[0] if len(self.shards) == 1 else np.concatenate(self.shards)
+        """All vectors as one float32 ``[N, D]``: the memory map itself where it is one float32 shard, else a copy."""
+        parts = [_decoded(shard) for shard in self.shards]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+    def blocks(self) -> Iterator[FloatArray]:
+        """All vectors in order as float32 ``[n, D]`` of a bounded size."""
+        for shard in self.shards:
+            for start in range(0, len(shard), _BLOCK_ROWS):
+                yield _decoded(shard[start : start + _BLOCK_ROWS])
+
+    def rows(self, positions: npt.NDArray[np.int64]) -> FloatArray:
+        """The vectors at these positions, float32 ``[n, D]``; reads no others."""
+        return _decoded(self.stored_rows(positions))
+
+    def stored_rows(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Like `rows`, as they are stored."""
+        found = np.empty((len(positions), self.dimension), self.dtype)
+        start = 0
+        for shard in self.shards:
+            here = (positions >= start) & (positions < start + len(shard))
+            found[here] = shard[positions[here] - start]
+            start += len(shard)
+        return found
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> EmbeddingStore:
@@ -80,7 +126,7 @@ class EmbeddingStore:
                 raise StoreError(f"{folder / name} is missing; encode the catalog again")
             if verify and checksum(folder / name) != expected:
                 raise StoreError(f"{folder / name} is corrupt (its checksum is not the manifest's); encode again")
-        ids = pq.read_table(folder / "ids.parquet").column("id").to_pylist()
+        ids = pq.read_table(folder / "ids.parquet", columns=["id"]).column("id").to_pylist()
         names = sorted(name for name in manifest["files"] if name.startswith("shard-"))
         shards = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names]
         return cls(ids, shards, manifest["fingerprint"])
@@ -94,7 +140,25 @@ class EmbeddingStore:
             _write_ids(beside, self.ids)
             for number, shard in enumerate(self.shards):
                 _write_shard(beside, number, shard)
-            _finish(beside, _identity(self.ids, self.fingerprint, self.dimension))
+            _finish(beside, _identity(self.ids, self.fingerprint, self.dimension, self.dtype))
+
+
+def _encoded(vectors: FloatArray, dtype: str) -> npt.NDArray[Any]:
+    """Unit vectors as a `StoreType`."""
+    if dtype == "int8":
+        largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)
+        return np.rint(vectors * (127 / np.where(largest == 0, 1, largest))).astype(np.int8)
+    return np.ascontiguousarray(vectors, dtype=dtype)
+
+
+def _decoded(shard: npt.NDArray[Any]) -> FloatArray:
+    return shard if shard.dtype == np.float32 else unit_rows(shard.astype(np.float32))
+
+
+def unit_rows(vectors: FloatArray) -> FloatArray:
+    """Vectors ``[N, D]`` divided by their length; a zero row stays zero."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(length == 0, 1, length), dtype=np.float32)
 
 
 def encode_corpus(
@@ -102,6 +166,9 @@ def encode_corpus(
     items: Items,
     out: str | Path | None = None,
     *,
+    dtype: StoreType = "float32",
+    update: bool = False,
+    devices: Sequence[str] | None = None,
     shard_rows: int = SHARD_ROWS,
     progress: bool = False,
 ) -> EmbeddingStore:
@@ -110,40 +177,152 @@ def encode_corpus(
     With ``out`` the shards go to disk and a second call with the same encoder and items continues after a kill, or
     returns at once when the store is complete. Without it the store is in memory.
 
-    Raises StoreError when ``out`` holds a store of another encoder or catalog (also one with other item texts): nothing
-    is overwritten.
+    Args:
+        encoder: gives the vectors.
+        items: the catalog's items.
+        out: folder of the store.
+        dtype: numbers of a stored vector; ``float16`` takes half the place, ``int8`` a quarter.
+        update: bring a store of an older catalog, or of another encoder, up to date: only items whose text is new or
+            changed are encoded where the encoder is the same. The old store stays in place until the new one is complete.
+        devices: such as ``["cuda:0", "cuda:1"]``: a process on each encodes its share of the shards. As with every
+            module that starts processes, a script needs ``if __name__ == "__main__":``.
+        shard_rows: rows of a shard.
+        progress: show a bar.
+
+    Raises StoreError when ``out`` holds a store of another encoder or catalog (also one with other item texts) and not
+    ``update``: nothing is overwritten.
     """
+    if dtype not in get_args(StoreType):
+        raise ValueError(f"dtype={dtype!r}: give one of {', '.join(get_args(StoreType))}")
     fingerprint, ids = encoder.fingerprint, items.ids
     if out is None:
-        return EmbeddingStore(ids, list(_encode_shards(encoder, items, 0, shard_rows, progress)), fingerprint)
+        if devices or update:
+            raise ValueError("devices and update need a folder: give out")
+        work = _Work(Path(), shard_rows, dtype)
+        shards = [work.shard(encoder, items, n) for n in _bar(range(work.count(items)), work, items, progress)]
+        return EmbeddingStore(ids, shards, fingerprint)
     folder = Path(out)
-    identity = _identity(ids, fingerprint, encoder.dimension)
-    identity["texts_hash"] = _texts_hash(items, encoder.template.fields)
-    done = _start(folder, ids, identity, shard_rows)
-    if not (folder / "manifest.json").exists():
-        shards = _encode_shards(encoder, items, done, shard_rows, progress)
-        for number, shard in enumerate(shards, start=done):
-            _write_shard(folder, number, shard)
-            encoder.forget_tokens()  # memory stays at a shard's
-        _finish(folder, identity)
+    recover_folder(folder)
+    hashes = _text_hashes(items, encoder.template.fields)
+    identity = _identity(ids, fingerprint, encoder.dimension, dtype)
+    identity["texts_hash"] = hashlib.sha256(hashes.tobytes()).hexdigest()[:32]
+    work = _Work(folder, shard_rows, dtype)
+    if (
+        update
+        and (folder / "manifest.json").exists()
+        and _differences(read_manifest(folder / "manifest.json"), identity)
+    ):
+        work = _Work(
+            folder.with_name(f".{folder.name}.next"), shard_rows, dtype, *_reusable(folder, identity, ids, hashes)
+        )
+        partial = work.folder / "partial.json"
+        if work.folder.exists() and not (
+            partial.exists() and not _differences(read_json(partial), identity, shard_rows)
+        ):
+            shutil.rmtree(work.folder)  # of an update to another catalog
+    missing = _start(work, items, hashes, identity)
+    if not (work.folder / "manifest.json").exists():
+        numbers = (
+            _encode_apart(encoder, items, work, missing, devices) if devices else _encode(encoder, items, work, missing)
+        )
+        for _ in _bar(numbers, work, items, progress, skipped=work.count(items) - len(missing)):
+            pass
+        _finish(work.folder, identity)
+        if work.folder != folder:
+            take_place(work.folder, folder)
     return EmbeddingStore.open(folder)
 
 
-def _encode_shards(
-    encoder: Encoder, items: Items, done: int, shard_rows: int, progress: bool
-) -> Iterator[npt.NDArray[np.float32]]:
-    first = min(done * shard_rows, len(items))
+@dataclass(frozen=True)
+class _Work:
+    """A store being made: where, how, and what an older store already has."""
+
+    folder: Path
+    shard_rows: int
+    dtype: str
+    old: Path | None = None
+    old_rows: npt.NDArray[np.int64] | None = None
+    """Row of each item in the store ``old``, -1 where it must be encoded."""
+
+    def count(self, items: Items) -> int:
+        """Number of shards."""
+        return -(-len(items) // self.shard_rows)
+
+    def shard(self, encoder: Encoder, items: Items, number: int) -> npt.NDArray[Any]:
+        """The stored vectors of one shard; raises StoreError naming an item whose embedding is no number."""
+        rows = np.arange(number * self.shard_rows, min((number + 1) * self.shard_rows, len(items)))
+        known = np.full(len(rows), -1) if self.old_rows is None else self.old_rows[rows]
+        new = np.flatnonzero(known < 0)
+        part = items[int(rows[0]) : int(rows[-1]) + 1]
+        vectors = encoder.encode_document(part if len(new) == len(rows) else [part[i] for i in new.tolist()])
+        if not np.isfinite(vectors).all():
+            bad = items.ids[rows[new[int(np.argmin(np.isfinite(vectors).all(axis=1)))]]]
+            raise StoreError(f"the encoder gave a NaN or infinite embedding for item {bad!r}")
+        coded = _encoded(vectors, self.dtype)
+        if len(new) == len(rows):
+            return coded
+        stored = np.empty((len(rows), encoder.dimension), self.dtype)
+        stored[new] = coded
+        kept = known >= 0
+        stored[kept] = self._old.stored_rows(known[kept])
+        return stored
+
+    @cached_property
+    def _old(self) -> EmbeddingStore:
+        assert self.old is not None
+        return EmbeddingStore.open(self.old, verify=False)
+
+
+def _encode(encoder: Encoder, items: Items, work: _Work, numbers: Sequence[int]) -> Iterator[int]:
+    """Write these shards; gives the number of each when it is written."""
+    for number in numbers:
+        _write_shard(work.folder, number, work.shard(encoder, items, number))
+        encoder.forget_tokens()  # memory stays at a shard's
+        yield number
+
+
+def _encode_apart(
+    encoder: Encoder, items: Items, work: _Work, numbers: Sequence[int], devices: Sequence[str]
+) -> Iterator[int]:
+    """Like `_encode`, by one process a device; whichever is free takes the next shard."""
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    free = spawn.Queue()
+    for device in devices:
+        free.put(device)
+    threads = max(1, torch.get_num_threads() // len(devices))
+    with ProcessPoolExecutor(len(devices), spawn, _join, (encoder, items.table, work, free, threads)) as pool:
+        try:
+            for job in as_completed([pool.submit(_encode_here, number) for number in numbers]):
+                yield job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_here: dict[str, Any] = {}
+"""In a process of `_encode_apart`: what `_encode_here` works with."""
+
+
+def _join(encoder: Encoder, table: pa.Table, work: _Work, free: Any, threads: int) -> None:
+    from taoemb.catalog import Items
+
+    torch.set_num_threads(threads)
+    _here.update(encoder=encoder, items=Items(table), work=work, device=free.get())
+
+
+def _encode_here(number: int) -> int:
+    _here["encoder"].model.to(_here["device"])
+    return next(_encode(_here["encoder"], _here["items"], _here["work"], [number]))
+
+
+def _bar(numbers: Iterable[int], work: _Work, items: Items, progress: bool, skipped: int = 0) -> Iterator[int]:
+    """Shard numbers as they come, behind a progress bar of items."""
+    done = min(skipped * work.shard_rows, len(items))
     with tqdm(
-        total=len(items), initial=first, desc="encode items", unit="item", disable=None if progress else True
+        total=len(items), initial=done, desc="encode items", unit="item", disable=None if progress else True
     ) as bar:
-        for start in range(first, len(items), shard_rows):
-            rows = range(start, min(start + shard_rows, len(items)))
-            vectors = encoder.encode_document(items[rows.start : rows.stop])
-            if not np.isfinite(vectors).all():
-                bad = items.ids[rows[int(np.argmin(np.isfinite(vectors).all(axis=1)))]]
-                raise StoreError(f"the encoder gave a NaN or infinite embedding for item {bad!r}")
-            bar.update(len(rows))
-            yield vectors
+        for number in numbers:
+            yield number
+            bar.update(min(work.shard_rows, len(items) - number * work.shard_rows))
 
 
 def ids_hash(ids: Sequence[str]) -> str:
@@ -154,7 +333,7 @@ def ids_hash(ids: Sequence[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _identity(ids: Sequence[str], fingerprint: str, dimension: int) -> dict[str, Any]:
+def _identity(ids: Sequence[str], fingerprint: str, dimension: int, dtype: str) -> dict[str, Any]:
     return {
         "kind": KIND,
         "format": FORMAT,
@@ -162,58 +341,76 @@ def _identity(ids: Sequence[str], fingerprint: str, dimension: int) -> dict[str,
         "ids_hash": ids_hash(ids),
         "count": len(ids),
         "dimension": dimension,
-        "dtype": "float32",
+        "dtype": dtype,
     }
 
 
-def _texts_hash(items: Items, fields: Sequence[str]) -> str:
-    """Hash of the columns that the template reads: a store must not outlive an edited title."""
-    columns = {name: items.table.column(name) for name in fields if name in items.table.column_names}
-    hashes = {name: ids_hash([value or "" for value in column.to_pylist()]) for name, column in columns.items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:32]
+def _text_hashes(items: Items, fields: Sequence[str]) -> Hashes:
+    """A hash of the columns that the template reads per item ``[N]``: a vector must not outlive an edited title."""
+    names = [name for name in fields if name in items.table.column_names]
+    columns = [pc.fill_null(items.table.column(name).cast(pa.string()), "") for name in names]
+    texts = pc.binary_join_element_wise(*columns, "\0").to_pylist() if names else [""] * len(items)
+    prefix = "\0".join(names).encode()
+    digests = (hashlib.blake2b(text.encode(), digest_size=8, key=hashlib.sha256(prefix).digest()) for text in texts)
+    return np.frombuffer(b"".join(digest.digest() for digest in digests), np.uint64)
 
 
-def _start(folder: Path, ids: Sequence[str], identity: dict[str, Any], shard_rows: int) -> int:
-    """Claim a folder for a store, or find it claimed for the same one; returns the number of finished shards."""
-    for name in ("manifest.json", "partial.json"):
-        file = folder / name
-        if file.exists():
-            found = read_manifest(file) if name == "manifest.json" else read_json(file)
-            wrong = [key for key, value in identity.items() if found.get(key) != value]
-            if name == "partial.json" and found.get("shard_rows") != shard_rows:
-                wrong.append("shard_rows")
-            if wrong:
-                raise StoreError(
-                    f"{folder} holds the embeddings of another encoder or catalog ({', '.join(wrong)} differ); "
-                    "give another folder or delete this one"
-                )
-            if name == "manifest.json":
-                return len(found["files"])
-            break
+def _differences(found: dict[str, Any], identity: dict[str, Any], shard_rows: int | None = None) -> list[str]:
+    """The entries in which a manifest is not of this identity."""
+    wanted = identity if shard_rows is None else {**identity, "shard_rows": shard_rows}
+    return [key for key, value in wanted.items() if found.get(key) != value]
+
+
+def _reusable(
+    folder: Path, identity: dict[str, Any], ids: Sequence[str], hashes: Hashes
+) -> tuple[Path, npt.NDArray[np.int64]] | tuple[()]:
+    """The store and the row of each item in it, -1 where it lacks the item, or has it with another text."""
+    EmbeddingStore.open(folder)  # nothing is taken over from a damaged one
+    same = ("fingerprint", "dimension", "dtype")
+    table = pq.read_table(folder / "ids.parquet")
+    if (
+        set(_differences(read_manifest(folder / "manifest.json"), identity)) & set(same)
+        or "text_hash" not in table.column_names
+    ):
+        return ()
+    known = zip(table.column("id").to_pylist(), table.column("text_hash").to_pylist(), strict=True)
+    row = {pair: i for i, pair in enumerate(known)}
+    return folder, np.array([row.get(pair, -1) for pair in zip(ids, hashes.tolist(), strict=True)], dtype=np.int64)
+
+
+def _start(work: _Work, items: Items, hashes: Hashes, identity: dict[str, Any]) -> list[int]:
+    """Claim a folder for a store, or find it claimed for the same one; returns the numbers of the missing shards."""
+    folder = work.folder
+    finished, partial = folder / "manifest.json", folder / "partial.json"
+    if finished.exists() or partial.exists():
+        wrong = (_differences(read_manifest(finished), identity) if finished.exists()
+                 else _differences(read_json(partial), identity, work.shard_rows))  # fmt: skip
+        if wrong:
+            remedy = "bring it up to date with update=True (--update), " if finished.exists() else ""
+            raise StoreError(f"{folder} holds the embeddings of another encoder or catalog ({', '.join(wrong)} differ); "
+                             f"{remedy}give another folder or delete this one")  # fmt: skip
     else:
         if any(folder.glob("shard-*.npy")):
             raise StoreError(f"{folder} holds shards but no manifest.json that names their encoder; delete the folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_ids(folder, ids)
-        write_json(folder / "partial.json", {**identity, "shard_rows": shard_rows})
-    done = 0
-    while (folder / _shard_name(done)).exists():
-        done += 1
-    return done
+        _write_ids(folder, items.ids, hashes)
+        write_json(partial, {**identity, "shard_rows": work.shard_rows})
+    return [n for n in range(work.count(items)) if not (folder / _shard_name(n)).exists()]
 
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.npy"
 
 
-def _write_ids(folder: Path, ids: Sequence[str]) -> None:
-    write_table(pa.table({"id": pa.array(ids, pa.string())}), folder / "ids.parquet")
+def _write_ids(folder: Path, ids: Sequence[str], hashes: Hashes | None = None) -> None:
+    columns = {"id": pa.array(ids, pa.string())} | ({} if hashes is None else {"text_hash": pa.array(hashes)})
+    write_table(pa.table(columns), folder / "ids.parquet")
 
 
-def _write_shard(folder: Path, number: int, vectors: npt.NDArray[np.float32]) -> None:
+def _write_shard(folder: Path, number: int, vectors: npt.NDArray[Any]) -> None:
     beside = folder / (_shard_name(number) + ".tmp")
     with beside.open("wb") as file:
-        np.save(file, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
+        np.save(file, np.ascontiguousarray(vectors), allow_pickle=False)
     fsync(beside)
     beside.replace(folder / _shard_name(number))
 

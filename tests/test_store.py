@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-import taoemb
+import taoemb.store
 from taoemb.catalog import Items, ItemTemplate
 from taoemb.encoder import Encoder
 from taoemb.files import read_manifest, write_manifest
@@ -255,3 +255,156 @@ def test_save_replaces_nothing_else(tmp_path):
     with pytest.raises(FileExistsError):
         EmbeddingStore([], [], "").save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# Numbers of a stored vector ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "size", "cosine"), [("float16", 2, 0.9999), ("int8", 1, 0.9999)])
+def test_smaller_numbers_keep_the_vectors(dtype, size, cosine, static_model, items, wanted, tmp_path):
+    encoder = Encoder(static_model)
+    store = encode_corpus(encoder, items, tmp_path / "s", dtype=dtype, shard_rows=ROWS)
+    assert store.dtype == dtype
+    assert sum(shard.nbytes for shard in store.shards) == size * 600 * 16
+    for vectors in (store.vectors, np.concatenate(list(store.blocks())), store.rows(np.arange(600))):
+        assert vectors.dtype == np.float32
+        assert ((vectors * wanted).sum(1) >= cosine * np.linalg.norm(wanted, axis=1) ** 2).all()
+    np.testing.assert_array_equal(encode_corpus(encoder, items, dtype=dtype).vectors, store.vectors)
+    store.save(tmp_path / "copy")
+    np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "copy").vectors, store.vectors)
+    with pytest.raises(StoreError, match=r"dtype differ"):
+        encode_corpus(encoder, items, tmp_path / "s", shard_rows=ROWS)
+
+
+def test_int8_is_rows_times_127_over_their_largest_number():
+    vectors = np.array([[0.6, -0.8], [0, 0], [1, 0]], np.float32)
+    store = EmbeddingStore(["a", "b", "c"], [vectors], "")
+    coded = taoemb.store._encoded(vectors, "int8")
+    assert coded.tolist() == [[95, -127], [0, 0], [127, 0]]
+    length = (95**2 + 127**2) ** 0.5
+    decoded = EmbeddingStore(store.ids, [coded], "").vectors
+    np.testing.assert_allclose(decoded, [[95 / length, -127 / length], [0, 0], [1, 0]], rtol=1e-6)
+
+
+def test_an_unknown_type_is_refused(static_model, items):
+    with pytest.raises(ValueError, match="dtype='bfloat16': give one of float32, float16, int8"):
+        encode_corpus(Encoder(static_model), items, dtype="bfloat16")
+
+
+def test_rows_of_any_order_and_shard():
+    vectors = np.arange(30, dtype=np.float32).reshape(10, 3)
+    store = EmbeddingStore([str(i) for i in range(10)], [vectors[:4], vectors[4:4], vectors[4:]], "")
+    for positions in ([9, 0, 4, 3, 3], [], [5]):
+        np.testing.assert_array_equal(store.rows(np.array(positions, np.int64)), vectors[positions])
+
+
+# A changed catalog ------------------------------------------------------------------------------------------------------
+
+
+class Reading(Encoder):
+    """Keeps the ids that it encodes, and fails after so many shards."""
+
+    def __init__(self, *args, fail_at=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.read, self.calls, self.fail_at = [], 0, fail_at
+
+    def encode_document(self, items, progress=False):
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.read += [item.id for item in items]
+        return super().encode_document(items, progress)
+
+
+def changed(items):
+    """The items of another day: in another order, 30 gone, two edited, one with a new id."""
+    table = items.table.take(np.random.default_rng(0).permutation(600)[:570])
+    columns = {name: table.column(name).to_pylist() for name in ("title", "id")}
+    columns["title"][17] += " (new)"
+    columns["title"][200] = "something else"
+    columns["id"][300] = "newcomer"
+    edited = [columns["id"][i] for i in (17, 200, 300)]
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    return Items(table), edited
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_an_update_encodes_only_what_changed(dtype, static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path / "s", dtype=dtype, shard_rows=ROWS)
+    today, edited = changed(items)
+    encoder = Reading(static_model)
+    store = encode_corpus(encoder, today, tmp_path / "s", dtype=dtype, update=True, shard_rows=ROWS)
+    assert sorted(encoder.read) == sorted(edited)
+    afresh = encode_corpus(Encoder(static_model), today, dtype=dtype)
+    np.testing.assert_array_equal(store.vectors, afresh.vectors)
+    assert store.ids == afresh.ids == today.ids
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    again = Reading(static_model)
+    encode_corpus(again, today, tmp_path / "s", dtype=dtype, update=True)
+    assert again.read == []
+
+
+def test_an_update_to_another_encoder_encodes_all(static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path / "s", shard_rows=ROWS)
+    other, _ = others(static_model, items)["weights"]
+    store = encode_corpus(other, items, tmp_path / "s", update=True, shard_rows=ROWS)
+    np.testing.assert_array_equal(store.vectors, encode_corpus(other, items).vectors)
+    assert store.fingerprint == other.fingerprint
+
+
+@pytest.mark.parametrize("fail_at", range(6))
+def test_an_interrupted_update_leaves_the_old_store_and_goes_on(fail_at, static_model, items, tmp_path):
+    old = encode_corpus(Encoder(static_model), items, tmp_path / "s", shard_rows=ROWS)
+    today, _ = changed(items)
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Reading(static_model, fail_at=fail_at), today, tmp_path / "s", update=True, shard_rows=ROWS)
+    np.testing.assert_array_equal(EmbeddingStore.open(tmp_path / "s").vectors, old.vectors)
+    encoder = Reading(static_model)
+    store = encode_corpus(encoder, today, tmp_path / "s", update=True, shard_rows=ROWS)
+    assert encoder.calls == 6 - fail_at
+    np.testing.assert_array_equal(store.vectors, encode_corpus(Encoder(static_model), today).vectors)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_an_interrupted_update_gives_way_to_a_newer_catalog(static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path / "s", shard_rows=ROWS)
+    today, _ = changed(items)
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Reading(static_model, fail_at=2), today, tmp_path / "s", update=True, shard_rows=ROWS)
+    encoder = Reading(static_model)
+    store = encode_corpus(encoder, items[:300], tmp_path / "s", update=True, shard_rows=ROWS)
+    assert (encoder.read, store.ids) == ([], items.ids[:300])
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_nothing_is_taken_over_from_a_damaged_store(static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items, tmp_path / "s", shard_rows=ROWS)
+    flip(tmp_path / "s" / "shard-00002.npy")
+    with pytest.raises(StoreError, match="shard-00002.npy is corrupt"):
+        encode_corpus(Encoder(static_model), changed(items)[0], tmp_path / "s", update=True)
+
+
+def test_a_store_without_text_hashes_is_encoded_afresh(static_model, items, tmp_path):
+    encode_corpus(Encoder(static_model), items).save(tmp_path / "s")
+    encoder = Reading(static_model)
+    encode_corpus(encoder, changed(items)[0], tmp_path / "s", update=True)
+    assert len(encoder.read) == 570
+
+
+# Several devices --------------------------------------------------------------------------------------------------------
+
+
+def test_several_processes_make_the_same_store(static_model, items, tmp_path):
+    encoder = Encoder(static_model)
+    encode_corpus(encoder, items, tmp_path / "s", shard_rows=ROWS)
+    today, _ = changed(items)
+    store = encode_corpus(encoder, today, tmp_path / "s", devices=["cpu", "cpu"], update=True, shard_rows=ROWS)
+    np.testing.assert_array_equal(store.vectors, encode_corpus(encoder, today).vectors)
+
+
+def test_a_mistake_in_a_process_reaches_the_caller(static_model, items, tmp_path):
+    with pytest.raises(RuntimeError, match="nowhere"):
+        encode_corpus(Encoder(static_model), items, tmp_path, devices=["nowhere"])
+    with pytest.raises(ValueError, match="give out"):
+        encode_corpus(Encoder(static_model), items, devices=["cpu"])
