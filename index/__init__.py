@@ -8,27 +8,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from taoemb.index.channels import BM25Channel, Channel
+    from taoemb.index.channels import BM25Channel, Channel, IndexChannel, RankedChannel, ranked_channels
     from taoemb.index.exact import ExactIndex
     from taoemb.index.faiss_index import VectorIndex
     from taoemb.index.milvus import MilvusIndex
     from taoemb.index.refresh import IndexRefresher, RefreshConfig
+    from taoemb.index.runs import RunChannel, write_run
     from taoemb.index.snapshots import LiveIndex, Snapshots
 
 __all__ = [
-    "BM25Channel", "Channel", "ExactIndex", "IndexRefresher", "LiveIndex", "MilvusIndex", "RefreshConfig", "Snapshots", "VectorIndex",
+    "BM25Channel", "Channel", "ExactIndex", "IndexChannel", "IndexRefresher", "LiveIndex", "MilvusIndex",
+    "RankedChannel", "RefreshConfig", "RunChannel", "Snapshots", "VectorIndex", "ranked_channels", "write_run",
 ]  # fmt: skip
 
 _OWNERS = {  # public name -> the module that defines it
     "BM25Channel": "taoemb.index.channels",
     "Channel": "taoemb.index.channels",
     "ExactIndex": "taoemb.index.exact",
+    "IndexChannel": "taoemb.index.channels",
     "IndexRefresher": "taoemb.index.refresh",
     "LiveIndex": "taoemb.index.snapshots",
     "MilvusIndex": "taoemb.index.milvus",
+    "RankedChannel": "taoemb.index.channels",
     "RefreshConfig": "taoemb.index.refresh",
+    "RunChannel": "taoemb.index.runs",
     "Snapshots": "taoemb.index.snapshots",
     "VectorIndex": "taoemb.index.faiss_index",
+    "ranked_channels": "taoemb.index.channels",
+    "write_run": "taoemb.index.runs",
 }
 
 if not TYPE_CHECKING:  # hidden from type checkers, so that a misspelled name is an error there

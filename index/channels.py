@@ -1,7 +1,9 @@
 """Channels: other recall sources whose Top-N per query the encoder is compared with, such as an inverted index.
 
 The exclusivity reward and the overlap metrics ask a channel what it would show anyway. ``BM25Channel`` is the lexical
-one, on the bm25s library. Shapes: ``B`` queries, ``K`` candidates, ``N`` items.
+one, on the bm25s library; ``IndexChannel`` searches another index with another, frozen encoder; ``RunChannel``
+(``taoemb.index.runs``) reads what any other system found from a file; anything with ``name`` and ``top`` is a ``Channel``.
+Shapes: ``B`` queries, ``K`` candidates, ``N`` items.
 """
 
 from __future__ import annotations
@@ -9,15 +11,20 @@ from __future__ import annotations
 import json
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from taoemb.files import recover_folder, replace_folder
+from taoemb.index.results import check_fingerprint
+
+if TYPE_CHECKING:
+    pass
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
@@ -42,7 +49,143 @@ class Channel(Protocol):
         """Item ids of the Top-n of each query text, best first; at most ``n`` of them, possibly none."""
 
 
-class BM25Channel:
+class SearchIndex(Protocol):
+    """What an `IndexChannel` needs of an index; every index of ``taoemb.index`` has it."""
+
+    def search(self, vectors: npt.ArrayLike, k: int) -> tuple[npt.NDArray[np.object_], FloatArray]:
+        """ids ``[B, k]`` and scores ``[B, k]`` of ``B`` query vectors ``[B, D]``, best first; padded with ("", -inf)."""
+
+
+class RankedChannel(ABC):
+    """What every channel here shares: ranks and membership, over Top-n lists that are remembered by query text.
+
+    A channel is frozen: what it has found for a query stays, also where the source behind it changes afterwards; only a
+    longer Top-n is asked for again. About 16 million items are remembered, the oldest queries make room.
+    """
+
+    def __init__(self, name: str, ids: Sequence[str] = ()) -> None:
+        self._name = name
+        self._ids = list(ids)
+        self._positions = {item: position for position, item in enumerate(self._ids)}
+        self._ranked: dict[str, tuple[int, Int32Array]] = {}  # query text -> n, positions in _ids of its Top-n
+        self._ranked_size = 0
+
+    @abstractmethod
+    def _find(self, queries: list[str], n: int) -> list[Int32Array]:
+        """Positions in ``_ids`` of the Top-n of each query, best first; asked once for each text and n."""
+
+    @property
+    def name(self) -> str:
+        """Name of the channel."""
+        return self._name
+
+    def top(self, queries: Sequence[str], n: int) -> list[list[str]]:
+        """Item ids of the Top-n of each query text, best first; at most ``n`` of them, possibly none.
+
+        A query text seen before costs nothing. Raises ``ValueError`` when n < 1.
+        """
+        check_queries(queries)
+        _check_size("n", n)
+        return [list(map(self._ids.__getitem__, ranked.tolist())) for ranked in self._top_n(queries, n)]
+
+    def ranks(self, queries: Sequence[str], ids_BK: npt.NDArray[np.object_], n: int) -> Int32Array:
+        """Rank (from 1) of each item in the Top-n of its query, ``[B, K]`` int32; 0 where it is not in it.
+
+        An id that the channel does not know, padding included, is in no Top-n. A query text seen before costs nothing.
+        Raises ``ValueError`` when n < 1 or ``ids_BK`` has not one row per query.
+
+        >>> channel = BM25Channel.build(["a", "b"], ["Red running shoes", "Red shirt"])
+        >>> channel.ranks(["red shirt"], np.array([["a", "b", ""]], dtype=object), n=10).tolist()
+        [[2, 1, 0]]
+        """
+        check_queries(queries)
+        _check_size("n", n)
+        _check_rows(queries, ids_BK)
+        ranks_BK = np.zeros(ids_BK.shape, dtype=np.int32)
+        for row, ranked in enumerate(self._top_n(queries, n)):
+            if len(ranked):
+                wanted = np.array([self._positions.get(item, -1) for item in ids_BK[row].tolist()], dtype=np.int32)
+                order = np.argsort(ranked)
+                places = order[np.minimum(np.searchsorted(ranked, wanted, sorter=order), len(ranked) - 1)]
+                ranks_BK[row] = np.where(ranked[places] == wanted, places + 1, 0)
+        return ranks_BK
+
+    def membership(self, queries: Sequence[str], ids_BK: npt.NDArray[np.object_], n: int) -> BoolArray:
+        """Whether each item is in the Top-n of its query, ``[B, K]`` bool; see ``ranks``."""
+        return self.ranks(queries, ids_BK, n) > 0
+
+    def _number(self, ids: Sequence[str]) -> Int32Array:
+        """Positions of item ids in ``_ids``, where new ones are added at the end."""
+        for item in ids:
+            if item not in self._positions:
+                self._positions[item] = len(self._ids)
+                self._ids.append(item)
+        return np.array([self._positions[item] for item in ids], dtype=np.int32)
+
+    def _top_n(self, queries: Sequence[str], n: int) -> list[Int32Array]:
+        """Positions of each query's Top-n, best first, remembered by query text."""
+        found: dict[str, Int32Array] = {}
+        absent: dict[str, None] = {}
+        for query in queries:
+            known_n, ranked = self._ranked.get(query, (0, None))
+            if ranked is None or known_n < n:
+                absent[query] = None
+            else:
+                found[query] = ranked[:n]
+        if absent:
+            for query, ranked in zip(absent, self._find(list(absent), n), strict=True):
+                found[query] = ranked
+                self._remember(query, n, ranked)
+        return [found[query] for query in queries]
+
+    def _remember(self, query: str, n: int, ranked: Int32Array) -> None:
+        _, shorter = self._ranked.pop(query, (0, None))
+        self._ranked_size += 1 + len(ranked) - (0 if shorter is None else 1 + len(shorter))
+        self._ranked[query] = (n, ranked)
+        while self._ranked_size > _CACHED_POSITIONS and len(self._ranked) > 1:
+            _, oldest = self._ranked.pop(next(iter(self._ranked)))
+            self._ranked_size -= 1 + len(oldest)
+
+
+class _AnyChannel(RankedChannel):
+    """Ranks for a channel that has none of its own."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(channel.name)
+        self._channel = channel
+
+    def _find(self, queries: list[str], n: int) -> list[Int32Array]:
+        tops = self._channel.top(queries, n)
+        if len(tops) != len(queries):
+            raise ValueError(
+                f"channel {self.name!r} gave {len(tops)} lists for {len(queries)} queries; give one for each"
+            )
+        for query, top in zip(queries, tops, strict=True):
+            if len(top) > n or len(set(top)) < len(top) or "" in top:
+                raise ValueError(f"channel {self.name!r} gave {list(top)[: n + 1]} as the Top-{n} of {query!r}; "
+                                 f"give at most {n} item ids, each once and none empty")  # fmt: skip
+        return [self._number(top) for top in tops]
+
+
+def ranked_channels(channels: Channel | Sequence[Channel]) -> dict[str, RankedChannel]:
+    """Channels by name, each with ranks and membership: one that has only ``top`` is wrapped.
+
+    Raises ``TypeError`` for something that is no channel, ``ValueError`` for none at all or two of the same name.
+    """
+    found: dict[str, RankedChannel] = {}
+    for channel in [channels] if isinstance(channels, Channel) else channels:
+        if not isinstance(channel, Channel):
+            raise TypeError(f"{channel!r} is no channel; a channel has a name and top(queries, n)")
+        if channel.name in found:
+            raise ValueError(f"two channels are called {channel.name!r}; give each its own name (a run file is called "
+                             "as its file is, without the ending)")  # fmt: skip
+        found[channel.name] = channel if isinstance(channel, RankedChannel) else _AnyChannel(channel)
+    if not found:
+        raise ValueError("no channel was given; give at least one")
+    return found
+
+
+class BM25Channel(RankedChannel):
     """Lexical search over item texts; make one with ``BM25Channel.build`` or ``BM25Channel.load``.
 
     The score of an item d is summed over the query's terms t, a repeated term counting again (bm25s' default variant
@@ -57,14 +200,10 @@ class BM25Channel:
     """
 
     def __init__(self, name: str, ids: Sequence[str], *, stem: Stem | None = None, retriever: Any = None) -> None:
-        self._name = name
-        self._ids = np.array(ids, dtype=object)
-        self._positions = {item: position for position, item in enumerate(ids)}
+        super().__init__(name, ids)
         self._stem = stem
         self._retriever = retriever  # a bm25s.BM25; None where no item has any term
         self._vocabulary: dict[str, int] = {} if retriever is None else retriever.vocab_dict
-        self._ranked: dict[str, tuple[int, Int32Array]] = {}  # query text -> n, positions of its Top-n
-        self._ranked_size = 0
 
     @classmethod
     def build(
@@ -100,11 +239,6 @@ class BM25Channel:
         retriever.index((token_ids, vocabulary), create_empty_token=False, show_progress=False)
         return cls(name, ids, stem=stem, retriever=retriever)
 
-    @property
-    def name(self) -> str:
-        """Name of the channel."""
-        return self._name
-
     def __len__(self) -> int:
         """Number of items ``N``."""
         return len(self._ids)
@@ -122,14 +256,14 @@ class BM25Channel:
 
         A row with fewer than K results is padded with id "" and score -inf. Raises ``ValueError`` when k < 1.
         """
-        _check_queries(queries)
+        check_queries(queries)
         _check_size("k", k)
         ids_BK = np.full((len(queries), k), "", dtype=object)
         scores_BK = np.full((len(queries), k), -np.inf, dtype=np.float32)
         for row, query in enumerate(queries):
             scores = self._scores(query)
             positions = _top_positions(scores, k)
-            ids_BK[row, : len(positions)] = self._ids[positions]
+            ids_BK[row, : len(positions)] = [self._ids[position] for position in positions.tolist()]
             scores_BK[row, : len(positions)] = scores[positions]
         return ids_BK, scores_BK
 
@@ -137,42 +271,6 @@ class BM25Channel:
         """BM25 score of the items at these catalog positions, 0 for one without a common term."""
         scores: FloatArray = self._scores(query)[positions]
         return scores
-
-    def top(self, queries: Sequence[str], n: int) -> list[list[str]]:
-        """Item ids of the Top-n of each query text, best first; at most ``n`` of them, possibly none.
-
-        A query text seen before costs nothing. Raises ``ValueError`` when n < 1.
-        """
-        _check_queries(queries)
-        _check_size("n", n)
-        return [self._ids[self._top_n(query, n)].tolist() for query in queries]
-
-    def ranks(self, queries: Sequence[str], ids_BK: npt.NDArray[np.object_], n: int) -> Int32Array:
-        """Rank (from 1) of each item in the Top-n of its query, ``[B, K]`` int32; 0 where it is not in it.
-
-        An id that the channel does not know, padding included, is in no Top-n. A query text seen before costs nothing.
-        Raises ``ValueError`` when n < 1 or ``ids_BK`` has not one row per query.
-
-        >>> channel = BM25Channel.build(["a", "b"], ["Red running shoes", "Red shirt"])
-        >>> channel.ranks(["red shirt"], np.array([["a", "b", ""]], dtype=object), n=10).tolist()
-        [[2, 1, 0]]
-        """
-        _check_queries(queries)
-        _check_size("n", n)
-        _check_rows(queries, ids_BK)
-        ranks_BK = np.zeros(ids_BK.shape, dtype=np.int32)
-        for row, query in enumerate(queries):
-            ranked = self._top_n(query, n)
-            if len(ranked):
-                wanted = np.array([self._positions.get(item, -1) for item in ids_BK[row].tolist()], dtype=np.int32)
-                order = np.argsort(ranked)
-                places = order[np.minimum(np.searchsorted(ranked, wanted, sorter=order), len(ranked) - 1)]
-                ranks_BK[row] = np.where(ranked[places] == wanted, places + 1, 0)
-        return ranks_BK
-
-    def membership(self, queries: Sequence[str], ids_BK: npt.NDArray[np.object_], n: int) -> BoolArray:
-        """Whether each item is in the Top-n of its query, ``[B, K]`` bool; see ``ranks``."""
-        return self.ranks(queries, ids_BK, n) > 0
 
     def term_overlap(self, queries: Sequence[str], item_positions_BK: npt.NDArray[np.integer[Any]]) -> FloatArray:
         """Share of the query's distinct terms that the item's text contains, ``[B, K]`` float32 in [0, 1].
@@ -192,7 +290,7 @@ class BM25Channel:
         >>> channel.term_overlap(["the red shoe"], np.array([[0, 1]])).tolist()
         [[1.0, 0.5]]
         """
-        _check_queries(queries)
+        check_queries(queries)
         _check_rows(queries, item_positions_BK)
         if item_positions_BK.size and not -1 <= item_positions_BK.min() <= item_positions_BK.max() < len(self):
             raise ValueError(
@@ -221,7 +319,7 @@ class BM25Channel:
             "name": self._name,
             "stemmer": "english" if self._stem else "",
             "indexed": self._retriever is not None,
-            "ids": self._ids.tolist(),
+            "ids": self._ids,
         }
         with replace_folder(Path(folder), _SETTINGS) as beside:
             if self._retriever is not None:
@@ -263,18 +361,41 @@ class BM25Channel:
         scores: FloatArray = self._retriever.get_scores_from_ids(tokens)
         return scores
 
-    def _top_n(self, query: str, n: int) -> Int32Array:
-        """Positions of a query's Top-n, best first, remembered by query text."""
-        known_n, ranked = self._ranked.get(query, (0, None))
-        if ranked is None or known_n < n:
-            self._ranked_size -= 0 if ranked is None else 1 + len(ranked)
-            ranked = _top_positions(self._scores(query), n)
-            self._ranked[query] = (n, ranked)
-            self._ranked_size += 1 + len(ranked)
-            while self._ranked_size > _CACHED_POSITIONS and len(self._ranked) > 1:
-                _, oldest = self._ranked.pop(next(iter(self._ranked)))
-                self._ranked_size -= 1 + len(oldest)
-        return ranked[:n]
+    def _find(self, queries: list[str], n: int) -> list[Int32Array]:
+        return [_top_positions(self._scores(query), n) for query in queries]
+
+
+class IndexChannel(RankedChannel):
+    """Another vector index, searched with the frozen encoder that it was built with.
+
+    Args:
+        index: any index with ``search``: `ExactIndex`, `VectorIndex`, `MilvusIndex`, `LiveIndex` or your own.
+        encode_query: ``B`` query texts to vectors ``[B, D]``, such as ``Encoder.encode_query``. It must stay as it is:
+            not the encoder in training.
+        name: name of the channel.
+        fingerprint: the encoder's, such as ``Encoder.fingerprint``; with it an index that says it was built with another
+            encoder is refused. A `LiveIndex` does not say.
+
+    Raises:
+        ValueError: the fingerprints differ, here or, where the index has been exchanged since, when it is searched.
+    """
+
+    def __init__(
+        self,
+        index: SearchIndex,
+        encode_query: Callable[[Sequence[str]], FloatArray],
+        *,
+        name: str = "index",
+        fingerprint: str = "",
+    ) -> None:
+        super().__init__(name)
+        self._index, self._encode_query, self._fingerprint = index, encode_query, fingerprint
+        check_fingerprint(self._index, self._fingerprint)
+
+    def _find(self, queries: list[str], n: int) -> list[Int32Array]:
+        check_fingerprint(self._index, self._fingerprint)
+        ids_BK, _ = self._index.search(self._encode_query(queries), n)
+        return [self._number([item for item in row if item]) for row in ids_BK.tolist()]
 
 
 def _top_positions(scores: FloatArray, k: int) -> Int32Array:
@@ -323,7 +444,8 @@ def _check_ids(ids: Sequence[str]) -> None:
         seen.add(item)
 
 
-def _check_queries(queries: Sequence[str]) -> None:
+def check_queries(queries: Sequence[str]) -> None:
+    """Raises TypeError for one text in the place of a list of texts."""
     if isinstance(queries, str):
         raise TypeError(f"queries must be a sequence of texts, got the text {queries!r}; write [{queries!r}]")
 

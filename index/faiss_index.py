@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from taoemb.files import checksum, read_manifest, replace_folder, write_manifest
 from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors, known_ids
-from taoemb.store import EmbeddingStore, ids_hash
+from taoemb.store import EmbeddingStore, decoded, encoded, gather, ids_hash, unit_rows
 from taoemb.tables import write_table
 from taoemb.types import FloatArray
 
@@ -22,6 +22,8 @@ _EXACT_NUMBERS = 50_000_000
 """Numbers (vectors x dimensions) up to which exact search is chosen: 200 MB, about 20 ms of one core's bandwidth."""
 _KIND = "vector index"
 _PARAMETERS = ("nprobe", "efSearch")
+_RESCORE_BYTES = 64 << 20
+"""Vectors that are read at a time to re-score candidates."""
 
 
 def auto_factory(count: int, dimension: int, memory_gib: float = 4.0) -> tuple[str, str]:
@@ -71,6 +73,9 @@ class VectorIndex:
     Make one with `build` or `load`. Labels inside FAISS are places in ``slots``, catalog positions at first, so that no id
     map is wrapped around it: FAISS's own over an inverted file names wrong items after a removal. A removed item leaves
     its place empty (``""``).
+
+    With ``rescore`` FAISS proposes that many times ``k`` candidates, from shortened or coarsely rounded vectors as the factory
+    and ``truncate_dim`` say, and the store's own vectors, which stay on disk where they are memory-mapped, decide.
     """
 
     slots: list[str]
@@ -78,13 +83,22 @@ class VectorIndex:
     fingerprint: str
     faiss_index: Any = field(repr=False)
     dimension: int
+    truncate_dim: int | None = None
+    rescore: int = 0
+    shards: list[npt.NDArray[Any]] = field(default_factory=list, repr=False)
+    """The store's vectors, where they re-score."""
 
     def __post_init__(self) -> None:
+        self._row = np.arange(len(self.slots) if self.rescore else 0)  # of each slot in the shards
         self._hold(self.slots)
 
     def _hold(self, slots: list[str]) -> None:
         self.slots, self._ids = slots, np.asarray(slots, dtype=object)
         self._empty = np.flatnonzero(self._ids == "").astype(np.int64)
+
+    def _shortened(self, vectors: FloatArray) -> FloatArray:
+        """What FAISS is given of vectors ``[n, D]``."""
+        return vectors if self.truncate_dim is None else shortened(vectors, self.truncate_dim)
 
     @property
     def ids(self) -> list[str]:
@@ -97,6 +111,8 @@ class VectorIndex:
         store: EmbeddingStore,
         factory: str = "Flat",
         *,
+        truncate_dim: int | None = None,
+        rescore: int = 0,
         seed: int = 0,
         deterministic: bool = False,
         **parameters: int,
@@ -105,7 +121,10 @@ class VectorIndex:
 
         Args:
             store: the vectors.
-            factory: FAISS factory string such as ``Flat``, ``HNSW32``, ``IVF1024,Flat``.
+            factory: FAISS factory string such as ``Flat``, ``HNSW32``, ``IVF1024,Flat``; ``SQ8`` and ``IVF1024,SQ8`` hold one
+                byte a dimension, ``RaBitQ`` and ``IVF1024,RaBitQ`` one bit.
+            truncate_dim: FAISS holds the first so many dimensions alone, normalised again (for Matryoshka models).
+            rescore: candidates per result that the full vectors re-score; 0: FAISS's scores are the last word.
             seed: of the training sample.
             deterministic: add single-threaded, so that a graph index comes out the same every time.
             parameters: search settings, ``nprobe`` (without it a sixteenth of the lists, at least 8) or ``efSearch``.
@@ -113,29 +132,35 @@ class VectorIndex:
         Raises ValueError for an unknown factory string or parameter, or too few vectors to train it.
         """
         faiss = import_faiss()
+        if truncate_dim is not None and not 0 < truncate_dim <= max(1, store.dimension):
+            raise ValueError(f"truncate_dim={truncate_dim}: give 1 to {store.dimension}, the store's dimensions")
+        if rescore < 0:
+            raise ValueError(f"rescore={rescore}: give 0 (off) or how many candidates per result")
+        dimension = truncate_dim or store.dimension
         try:
-            index = faiss.index_factory(store.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+            index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
-            raise ValueError(f"factory={factory!r} is no FAISS factory string for {store.dimension} dimensions "
+            raise ValueError(f"factory={factory!r} is no FAISS factory string for {dimension} dimensions "
                              f"(examples: Flat, HNSW32, IVF1024,Flat): {str(error).rpartition(': ')[2]}") from None  # fmt: skip
         _set_parameters(index, {**_defaults(index), **parameters})
         if len(set(store.ids)) != len(store.ids):  # also across shards, which are checked one by one below
             raise ValueError("ids must be unique; update an item instead of adding it twice")
         if not index.is_trained:
-            _train(index, store, factory, seed)
+            _train(index, store, factory, seed, dimension)
         threads = faiss.omp_get_max_threads()
         try:
             if deterministic:
                 faiss.omp_set_num_threads(1)
             start = 0
-            for shard in store.shards:
-                index.add(check_vectors(shard, store.ids[start : start + len(shard)]))
-                start += len(shard)
+            for block in store.blocks():
+                index.add(shortened(check_vectors(block, store.ids[start : start + len(block)]), dimension))
+                start += len(block)
         except RuntimeError as error:  # IDMap wants ids, NSG wants all vectors at once
             raise ValueError(f"factory={factory!r} cannot be filled shard by shard: {error}") from None
         finally:
             faiss.omp_set_num_threads(threads)
-        return cls(store.ids, factory, store.fingerprint, index, store.dimension)
+        return cls(store.ids, factory, store.fingerprint, index, store.dimension, truncate_dim, rescore,
+                   store.shards if rescore else [])  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.slots) - len(self._empty)
@@ -153,12 +178,24 @@ class VectorIndex:
         k = min(check_k(k), len(self))
         if not len(queries) or not k:
             return np.zeros((len(queries), k), np.int64), np.zeros((len(queries), k), np.float32)
-        selector = self._without_empty()
-        if selector is None:
-            scores, positions = self.faiss_index.search(queries, k)
-        else:
-            scores, positions = self.faiss_index.search(queries, k, params=selector)
-        return positions, scores
+        selector, count = self._without_empty(), min(max(1, self.rescore) * k, len(self))
+        options = {} if selector is None else {"params": selector}
+        scores, positions = self.faiss_index.search(self._shortened(queries), count, **options)
+        return self._rescored(queries, positions, k) if self.rescore else (positions, scores)
+
+    def _rescored(
+        self, queries: FloatArray, positions: npt.NDArray[np.int64], k: int
+    ) -> tuple[npt.NDArray[np.int64], FloatArray]:
+        """The best ``k`` of the candidates by the full vectors' own inner products."""
+        scores = np.empty(positions.shape, np.float32)
+        step = max(1, _RESCORE_BYTES // (4 * self.dimension * positions.shape[1]))
+        for start in range(0, len(queries), step):
+            places, query_BD = positions[start : start + step], queries[start : start + step]
+            vectors = decoded(gather(self.shards, self._row[np.maximum(places, 0).ravel()])).reshape(*places.shape, -1)
+            scores[start : start + step] = np.einsum("bkd,bd->bk", vectors, query_BD)
+        scores[positions < 0] = -np.inf
+        order = np.lexsort((positions, -scores), axis=1)[:, :k]
+        return np.take_along_axis(positions, order, 1), np.take_along_axis(scores, order, 1)
 
     def _without_empty(self) -> Any:
         """For a graph, whose nodes stay when an item goes: search parameters that leave the empty places out."""
@@ -184,21 +221,33 @@ class VectorIndex:
         slot = {item_id: i for i, item_id in enumerate(self.slots) if item_id}
         known = np.array([item_id in slot for item_id in ids], dtype=bool)
         places = np.array([slot[item_id] for item_id in ids if item_id in slot], dtype=np.int64)
-        if kind == "flat":
-            _flat_codes(self.faiss_index)[places] = array[known]
+        given = self._shortened(array)
+        if kind == "flat" and len(places):
+            _flat_codes(self.faiss_index)[places] = self.faiss_index.sa_encode(given[known])
         elif kind == "ivf" and len(places):
             self.faiss_index.remove_ids(places)
-            self.faiss_index.add_with_ids(array[known], places)
+            self.faiss_index.add_with_ids(given[known], places)
         elif kind == "graph":
             for place in places.tolist():
                 self.slots[place] = ""
-            known[:] = False
+            places, known = places[:0], np.zeros_like(known)
         fresh = [item_id for item_id, old in zip(ids, known, strict=True) if not old]
         if kind == "ivf":
-            self.faiss_index.add_with_ids(array[~known], np.arange(len(self.slots), len(self.slots) + len(fresh)))
+            self.faiss_index.add_with_ids(given[~known], np.arange(len(self.slots), len(self.slots) + len(fresh)))
         else:
-            self.faiss_index.add(array[~known])
+            self.faiss_index.add(given[~known])
+        if self.rescore:
+            self._remember(places, array, known)
         self._hold([*self.slots, *fresh])
+
+    def _remember(self, places: npt.NDArray[np.int64], array: FloatArray, known: npt.NDArray[np.bool_]) -> None:
+        """Put new vectors behind those that re-score, which may be a memory map: known items at ``places``, then new ones."""
+        count = sum(len(shard) for shard in self.shards)
+        rows = np.arange(count, count + len(array))
+        self._row[places] = rows[known]
+        self._row = np.concatenate([self._row, rows[~known]])
+        dtype = self.shards[0].dtype.name if self.shards else "float32"
+        self.shards = [*self.shards, encoded(array, dtype)]
 
     def remove(self, ids: Sequence[str]) -> None:
         """Take items out. Raises KeyError naming an id that is not there, ValueError where this kind cannot be changed."""
@@ -207,6 +256,7 @@ class VectorIndex:
         places = np.array([i for i, item_id in enumerate(self.slots) if item_id in gone], dtype=np.int64)
         if kind == "flat":  # FAISS closes the gaps
             self.faiss_index.remove_ids(places)
+            self._row = np.delete(self._row, places) if self.rescore else self._row
             self._hold([item_id for item_id in self.slots if item_id not in gone])
         else:
             if kind == "ivf" and len(places):
@@ -215,7 +265,7 @@ class VectorIndex:
 
     def _changeable(self) -> str:
         faiss = import_faiss()
-        if isinstance(self.faiss_index, faiss.IndexFlat):
+        if isinstance(self.faiss_index, faiss.IndexFlatCodes):
             return "flat"
         if isinstance(self.faiss_index, faiss.IndexHNSW):
             return "graph"
@@ -232,16 +282,20 @@ class VectorIndex:
         with replace_folder(Path(folder), "manifest.json", _KIND) as beside:
             faiss.write_index(self.faiss_index, str(beside / "index.faiss"))
             write_table(pa.table({"id": pa.array(self.slots, pa.string())}), beside / "ids.parquet")
+            if self.rescore:
+                self._write_vectors(beside / "vectors.npy")
             manifest = {
                 "kind": _KIND,
                 "format": 1,
                 "factory": self.factory,
                 "fingerprint": self.fingerprint,
                 "dimension": self.dimension,
+                "truncate_dim": self.truncate_dim,
+                "rescore": self.rescore,
                 "count": len(self),
                 "ids_hash": ids_hash(self.slots),
                 "parameters": _get_parameters(self.faiss_index),
-                "files": {name: checksum(beside / name) for name in ("index.faiss", "ids.parquet")},
+                "files": {path.name: checksum(path) for path in sorted(beside.iterdir())},
             }
             write_manifest(beside / "manifest.json", manifest)
 
@@ -262,24 +316,40 @@ class VectorIndex:
         index = faiss.read_index(str(folder / "index.faiss"))
         _set_parameters(index, manifest["parameters"])
         ids = pq.read_table(folder / "ids.parquet").column("id").to_pylist()
-        return cls(ids, manifest["factory"], manifest["fingerprint"], index, manifest["dimension"])
+        rescore = manifest["rescore"]
+        shards = [np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)] if rescore else []
+        return cls(ids, manifest["factory"], manifest["fingerprint"], index, manifest["dimension"],
+                   manifest["truncate_dim"], rescore, shards)  # fmt: skip
+
+    def _write_vectors(self, path: Path) -> None:
+        """The vectors that re-score, in the order of the slots."""
+        dtype = self.shards[0].dtype if self.shards else np.dtype(np.float32)
+        shape = (len(self.slots), self.dimension)
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+            step = max(1, _RESCORE_BYTES // max(1, dtype.itemsize * self.dimension))
+            for start in range(0, len(self.slots), step):
+                file.write(gather(self.shards, self._row[start : start + step]).tobytes())
 
 
-def _flat_codes(index: Any) -> FloatArray:
-    """The vectors of a flat index, ``[N, D]``, as they lie in its memory."""
-    codes: FloatArray = import_faiss().rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d)
+def shortened(vectors: FloatArray, dimension: int) -> FloatArray:
+    """The first ``dimension`` numbers of vectors ``[n, D]``, normalised again; all of them are left as they are."""
+    if dimension >= vectors.shape[1]:
+        return vectors
+    return np.ascontiguousarray(unit_rows(vectors[:, :dimension]))
+
+
+def _flat_codes(index: Any) -> npt.NDArray[np.uint8]:
+    """The encoded vectors of a flat index, ``[N, bytes]``, as they lie in its memory."""
+    size = index.ntotal * index.code_size
+    codes: npt.NDArray[np.uint8] = import_faiss().rev_swig_ptr(index.codes.data(), size).reshape(-1, index.code_size)
     return codes
 
 
-def _train(index: Any, store: EmbeddingStore, factory: str, seed: int) -> None:
+def _train(index: Any, store: EmbeddingStore, factory: str, seed: int, dimension: int) -> None:
     wanted = max(_TRAIN_ROWS, _TRAIN_ROWS_PER_LIST * getattr(_core(index), "nlist", 0))
     rows = np.sort(np.random.default_rng(seed).permutation(len(store))[:wanted])
-    edges = np.cumsum([0, *(len(shard) for shard in store.shards)])
-    parts = [
-        shard[rows[(rows >= low) & (rows < high)] - low]
-        for shard, low, high in zip(store.shards, edges[:-1], edges[1:], strict=True)
-    ]
-    sample = check_vectors(np.concatenate(parts), [store.ids[row] for row in rows])
+    sample = shortened(check_vectors(store.rows(rows), [store.ids[row] for row in rows]), dimension)
     try:
         index.train(sample)
     except RuntimeError as error:

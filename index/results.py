@@ -43,6 +43,15 @@ def known_ids(ids: Sequence[str], known: Iterable[str]) -> set[str]:
     return wanted
 
 
+def check_fingerprint(index: object, fingerprint: str) -> None:
+    """Raises ValueError where an index says that it was built with another encoder than the one with this fingerprint; one of
+    which nothing is known passes."""
+    built = getattr(index, "fingerprint", "")
+    if built and fingerprint and built != fingerprint:
+        raise ValueError(f"the index was built with encoder {built}, the queries come from {fingerprint}: encode and build it "
+                         "again, or search with the encoder that it was built with")  # fmt: skip
+
+
 def check_k(k: int) -> int:
     """``k``, when it is at least 1."""
     if k < 1:

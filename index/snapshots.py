@@ -144,6 +144,11 @@ class LiveIndex:
         """Number of the generation in use."""
         return self._held[0]
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder that made the generation in use."""
+        return self._held[1].fingerprint
+
     def reload(self) -> bool:
         """Open the current generation where it is another than the one in use; returns whether it was."""
         if self._snapshots.current == self.generation:

@@ -266,6 +266,7 @@ def search(
     from taoemb.config import load_config
     from taoemb.encoder import Encoder
     from taoemb.index.refresh import load_index
+    from taoemb.index.results import check_fingerprint
     from taoemb.job import TrainConfig
 
     if not query.strip():
@@ -274,8 +275,7 @@ def search(
         raise ValueError(f"{run} is no finished run folder (no model/ and index/); train one with `taoemb train`")
     items = Items.load(load_config(TrainConfig, run / "config.yaml").data)
     encoder, index = Encoder(run / "model"), load_index(run / "index")
-    if index.fingerprint != encoder.fingerprint:
-        raise ValueError(f"{run / 'index'} was built with another encoder than {run / 'model'}; build it again")
+    check_fingerprint(index, encoder.fingerprint)
     ids, scores = index.search(encoder.encode_query([query]), k)
     for rank, (item_id, score) in enumerate(zip(ids[0], scores[0], strict=True), start=1):
         if item_id:
@@ -330,6 +330,10 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Catalog folder with queries and qrels.")],
     split: Annotated[str, typer.Option(help="Queries of this split that have grades; empty for all.")] = "test",
     quality_column: Annotated[str, typer.Option(help="Numeric item column in [0, 1].")] = "quality",
+    channel: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="TREC run file of a channel beside BM25 for overlap and exclusive figures; may be repeated."),
+    ] = None,
 ) -> None:
     """Compare models and BM25 on a catalog's graded queries."""
     from taoemb.catalog import Catalog
@@ -337,6 +341,7 @@ def evaluate(
     from taoemb.encoder import Encoder
     from taoemb.index.channels import BM25Channel
     from taoemb.index.exact import ExactIndex
+    from taoemb.index.runs import RunChannel
     from taoemb.rewards import item_quality
     from taoemb.store import encode_corpus
 
@@ -346,13 +351,17 @@ def evaluate(
         have = sorted({q.split or "(none)" for q in catalog.queries if q.id in catalog.qrels})
         raise ValueError(f"{data} has no graded query of split {split!r}; its graded queries are of {have or 'no split'}: "
                          "use --split '' for all")  # fmt: skip
+    queries = catalog.queries.select(ids=graded)
+    runs = [RunChannel.load(file, catalog.queries, catalog.items.ids) for file in channel or []]
+    for run in runs:
+        run.top(queries.texts, 1)  # it must hold every query: better said before the catalog is encoded
     encoders = {}
     for name in models:
         encoder = Encoder(name)
         encoders[name] = encoder, ExactIndex.build(encode_corpus(encoder, catalog.items))
     texts = next(iter(encoders.values()))[0].template.texts(catalog.items)  # what the first model reads
     bm25 = BM25Channel.build(catalog.items.ids, texts)
-    comparison = compare(catalog, catalog.queries.select(ids=graded), encoders, bm25, channel=bm25,
+    comparison = compare(catalog, queries, encoders, bm25, channels=[bm25, *runs],
                          quality_N=item_quality(catalog.items, quality_column), top_n=100)  # fmt: skip
     typer.echo(comparison.text())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from taoemb.catalog import Catalog, QuerySet
 from taoemb.encoder import Encoder
 from taoemb.evaluation import Evaluation, evaluate, paired_bootstrap
 from taoemb.files import write_json
-from taoemb.index.channels import BM25Channel
+from taoemb.index.channels import BM25Channel, Channel, ranked_channels
 from taoemb.index.exact import ExactIndex
 from taoemb.index.results import SearchResult
 from taoemb.tables import write_table
@@ -41,7 +41,8 @@ class Comparison:
     queries: QuerySet
     evaluations: dict[str, Evaluation]
     lists: dict[str, Lists]
-    channel_top: dict[str, list[str]]
+    channel_top: dict[str, set[str]]
+    """query id -> items that the Top-N of any channel holds."""
     quality: dict[str, float]
 
     def table(self) -> dict[str, dict[str, float]]:
@@ -134,7 +135,7 @@ class Comparison:
         query = self.queries[i]
         ids, scores = self.lists[system][0][i], self.lists[system][1][i]
         grades, items = self.catalog.qrels.get(query.id, {}), self.catalog.items
-        known = set(self.channel_top[query.id])
+        known = self.channel_top[query.id]
         ndcg = float(self.evaluations[system].per_query["ndcg@10"][i])
         return {
             "system": system,
@@ -168,18 +169,24 @@ def compare(
     encoders: Mapping[str, tuple[Encoder, ExactIndex]],
     bm25: BM25Channel | None,
     *,
-    channel: BM25Channel,
+    channels: Sequence[Channel],
     quality_N: npt.NDArray[np.float64],
     top_n: int,
 ) -> Comparison:
     """Search the test queries with every system by exact search and evaluate the runs against the catalog's grades.
 
     Where most pairs are unjudged the plain figures favour the system that filled the pool: ``judged@10``,
-    ``condensed_ndcg@10`` and ``auc`` are reported too. ``channel`` is the recall channel for overlap and exclusive good rate, with its Top-``top_n``.
+    ``condensed_ndcg@10`` and ``auc`` are reported too. ``channels`` are the recall channels for overlap (several: with any,
+    and with each) and exclusive good rate, with their Top-``top_n``.
+
+    Raises ValueError for no channel, two of the same name, or one that cannot answer for a query.
     """
     pooled = catalog.unjudged is None
     metrics = (*METRICS, "judged@10") if pooled else METRICS
-    channel_top = dict(zip(queries.ids, channel.top(queries.texts, top_n), strict=True))
+    tops = {
+        name: dict(zip(queries.ids, channel.top(queries.texts, top_n), strict=True))
+        for name, channel in ranked_channels(channels).items()
+    }
     quality = {i: float(q) for i, q in zip(catalog.items.ids, quality_N, strict=True) if np.isfinite(q)}
     grades = {query: catalog.qrels.get(query, {}) for query in queries.ids}
     places = [catalog.items.positions(list(graded)) for graded in grades.values()]
@@ -196,7 +203,7 @@ def compare(
             metrics=metrics,
             unjudged=catalog.unjudged,
             quality=quality,
-            channels={channel.name: channel_top},
+            channels=tops,
             queries=queries.ids,
         )
         if pooled:  # these read the graded items alone, however far down they are
@@ -216,4 +223,5 @@ def compare(
         query_QD = encoder.encode_query(queries.texts)
         scores = (index.vectors[graded] @ vector for vector, graded in zip(query_QD, places, strict=True))
         add(name, index.search(query_QD, DEPTH), scores, -np.inf)
-    return Comparison(catalog, queries, evaluations, lists, channel_top, quality)
+    found = {query: {item for top in tops.values() for item in top[query]} for query in queries.ids}
+    return Comparison(catalog, queries, evaluations, lists, found, quality)

@@ -30,9 +30,10 @@ from taoemb.config import diff, load_config, save_config
 from taoemb.contrastive import ContrastiveConfig, check_positive, train_contrastive
 from taoemb.encoder import Encoder, distill_static
 from taoemb.files import checksum, read_json, write_json
-from taoemb.index.channels import BM25Channel
+from taoemb.index.channels import BM25Channel, RankedChannel, ranked_channels
 from taoemb.index.exact import ExactIndex
 from taoemb.index.refresh import build_index
+from taoemb.index.runs import RunChannel
 from taoemb.judge import BiEncoderJudge, EnsembleJudge, MeanJudge, OracleJudge, PairFeatures, SoftLogicJudge
 from taoemb.judge.ensemble import FOLDS, MIN_PAIRS
 from taoemb.queries import generate_queries
@@ -92,6 +93,9 @@ class TrainConfig:
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
     """Rows of the comparison, 'stage1' and 'retrieval_grpo' always among them. The name of a policy (``stage2.policy``) adds a row that differs from ``retrieval_grpo`` in
     that alone; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
+    channels: tuple[str, ...] = ("bm25",)
+    """Recall channels that exclusivity and overlap are measured against, an item counting as known where any of them finds
+    it: ``bm25``, and TREC run files with every query that is trained or compared on."""
     index_factory: str = "Flat"
     """FAISS factory string of the final index in ``RUN/index``."""
     trackers: tuple[Backend, ...] = ("console", "jsonl")
@@ -109,6 +113,12 @@ class TrainConfig:
             raise ValueError("systems must hold 'stage1' and 'retrieval_grpo': every run trains these two")
         if self.stage2.policy in self.systems:
             raise ValueError(f"systems holds {self.stage2.policy!r}, which is the policy of 'retrieval_grpo' already")
+        if not self.channels or len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels={list(self.channels)}: give 'bm25', TREC run files or both, each once")
+        rewards = self.stage2.rewards
+        if rewards.exclusivity and rewards.exclusivity_mode == "lexical" and self.channels != ("bm25",):
+            raise ValueError(f"channels={list(self.channels)}: stage2.rewards.exclusivity_mode=lexical compares words with "
+                             "BM25 alone; use membership")  # fmt: skip
         if "jsonl" not in self.trackers:
             raise ValueError("trackers must hold 'jsonl': the report is drawn from it")
 
@@ -117,10 +127,16 @@ class TrainJob:
     """One run folder. ``run()`` does what is not done yet and returns the comparison."""
 
     def __init__(self, config: TrainConfig, run_dir: str | Path) -> None:
-        config = dataclasses.replace(config, data=str(Path(config.data).resolve()))
+        channels = tuple(c if c == "bm25" else str(Path(c).resolve()) for c in config.channels)
+        self._run_files = [Path(c) for c in channels if c != "bm25"]
+        absent = [file for file in self._run_files if not file.is_file()]
+        if absent:  # before the run folder is claimed with a mistyped name
+            raise FileNotFoundError(f"channels: {absent[0]} is no file; give 'bm25' or a TREC run file")
+        config = dataclasses.replace(config, data=str(Path(config.data).resolve()), channels=channels)
         self.config, self.run_dir = config, Path(run_dir)
         self._claim()
         self.catalog = self._load_catalog()
+        self._check_channels()
         self._check_same_data()
         self.phases = _Phases(self.run_dir / "phases.json")
 
@@ -174,16 +190,17 @@ class TrainJob:
         save_config(self.config, file)
 
     def _check_same_data(self) -> None:
-        """A run that goes on over another catalog would mix two; what was read is kept in ``data.json``."""
+        """A run that goes on over another catalog or another channel would mix two; what was read is in ``data.json``."""
         files = sorted(path for path in Path(self.config.data).iterdir() if path.stem in TABLES)
         found, file = {path.name: checksum(path) for path in files}, self.run_dir / "data.json"
+        found |= {str(path): checksum(path) for path in self._run_files}
         if not file.exists():
             write_json(file, found)
         known = read_json(file)
         changed = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
         if changed:
-            raise ValueError(f"{', '.join(changed)} in {self.config.data} changed after {self.run_dir} was started; "
-                             "give another folder with --out")  # fmt: skip
+            paths = ", ".join(str(Path(self.config.data, name)) for name in changed)  # of a run file it is the path
+            raise ValueError(f"{paths} changed after {self.run_dir} was started; give another folder with --out")
 
     def _load_catalog(self) -> Catalog:
         catalog = Catalog.load(self.config.data)
@@ -268,7 +285,7 @@ class TrainJob:
         if chosen.quality:
             functions.append((QualityReward(self.quality_N), chosen.quality))
         if chosen.exclusivity:
-            reward = ExclusivityReward(self.bm25, chosen.exclusivity_mode, chosen.exclusivity_top_n)
+            reward = ExclusivityReward(list(self.channels.values()), chosen.exclusivity_mode, chosen.exclusivity_top_n)
             functions.append((reward, chosen.exclusivity))
         return [f for f, _ in functions], [w for _, w in functions]
 
@@ -281,8 +298,28 @@ class TrainJob:
 
     @cached_property
     def bm25(self) -> BM25Channel:
-        """The channel that exclusivity is measured against."""
+        """BM25 over the items: a row of the comparison, and a channel."""
         return BM25Channel.build(self.catalog.items.ids, self.config.template.texts(self.catalog.items))
+
+    @cached_property
+    def channels(self) -> dict[str, RankedChannel]:
+        """Name -> channel that exclusivity is measured against."""
+        queries, items = self.catalog.queries, self.catalog.items.ids
+        return ranked_channels([
+            self.bm25 if channel == "bm25" else RunChannel.load(channel, queries, items)
+            for channel in self.config.channels
+        ])  # fmt: skip
+
+    def _check_channels(self) -> None:
+        """A run file that lacks a query must not come out after hours, nor be written down as what the run began with."""
+        if not self._run_files:
+            return
+        asked = self.test_queries.texts
+        if self.config.stage2.rewards.exclusivity:
+            asked = [*self.catalog.queries.select("train").texts, *asked]
+        for channel in self.channels.values():
+            if isinstance(channel, RunChannel):
+                channel.top(asked, 1)
 
     @cached_property
     def judge_kind(self) -> str:
@@ -374,7 +411,7 @@ class TrainJob:
                 indexes[system] = encoder, ExactIndex.build(encode_corpus(encoder, self.catalog.items))
         return compare(
             self.catalog, self.test_queries, indexes, self.bm25 if "bm25" in self.config.systems else None,
-            channel=self.bm25, quality_N=self.quality_N, top_n=self.config.stage2.rewards.exclusivity_top_n,
+            channels=list(self.channels.values()), quality_N=self.quality_N, top_n=self.config.stage2.rewards.exclusivity_top_n,
         )  # fmt: skip
 
     def _meta(self) -> dict[str, Any]:
@@ -388,6 +425,7 @@ class TrainJob:
             "version": __version__,
             "judge": self.judge.name,
             "evaluated_by": catalog.metadata.get("labels", "the catalog's grades"),
+            "channels": ", ".join(self.channels),
             "policy": self.config.stage2.policy,
             "model": self.config.model,
             "data": catalog.metadata.get("name", Path(self.config.data).name),

@@ -275,10 +275,10 @@ METRICS = {  # name before @, in the order of the table
     "goodrate": Metric("Goodrate", 1, "Share of the Top-k that is good; of those that have a grade, where labels are incomplete."),
     "quality": Metric("Quality", 1, "Mean item quality (0 to 1) of the Top-k, relevant or not."),
     "good_quality": Metric("Good quality", 1, "Mean item quality of the good items in the Top-k."),
-    "overlap": Metric("Overlap", 0, "Share of the Top-k that the other channel (BM25) finds too. Low is good only "
+    "overlap": Metric("Overlap", 0, "Share of the Top-k that a channel (BM25 by default) finds too. Low is good only "
         "while the goodrate holds: an unrelated item overlaps with nothing."),
-    "exclusive_goodrate": Metric("Exclusive goodrate", 1, "Share of the Top-k that is good and that the other channel "
-        "does not find: what this system adds."),
+    "exclusive_goodrate": Metric("Exclusive goodrate", 1, "Share of the Top-k that is good and that no channel "
+        "finds: what this system adds."),
     "auc": Metric("AUC", 1, "Probability that an item of grade 3 scores higher than one of grade 0, at any rank."),
     "judged": Metric("Judged", 0, "Share of the Top-k that has a grade: how far the other figures can be trusted, "
         "not how good the list is."),

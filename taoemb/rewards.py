@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from taoemb.catalog import Item, Items, Query
-from taoemb.index.channels import BM25Channel
+from taoemb.index.channels import BM25Channel, Channel, ranked_channels
 from taoemb.types import FloatArray, RelevanceJudge, RewardFunction
 
 
@@ -41,7 +41,8 @@ class RewardConfig:
     quality_column: str = "quality"
     """Numeric item column in [0, 1]; without it, how complete an item's data are within its category."""
     exclusivity_mode: Literal["membership", "lexical"] = "membership"
-    """``membership``: 1 when BM25's Top-N does not hold the item; ``lexical``: 1 - term overlap, the published proxy."""
+    """``membership``: 1 when no channel's Top-N holds the item; ``lexical``: 1 - term overlap with BM25's terms, the
+    published proxy."""
     exclusivity_top_n: int = 100
     """N of ``membership``."""
 
@@ -104,12 +105,28 @@ class QualityReward:
 
 
 class ExclusivityReward:
-    """Whether another recall channel would find the item anyway; R-GRPO's channel is the inverted index."""
+    """Whether another recall channel would find the item anyway; R-GRPO has one channel, the inverted index.
+
+    Args:
+        channels: any channel, also your own, or several: what one of them finds is not exclusive.
+        mode: ``membership`` or ``lexical``, see `RewardConfig`.
+        top_n: N of ``membership``.
+
+    Raises:
+        TypeError: one is no channel.
+        ValueError: there is none, two have the same name, or ``lexical`` is asked of anything but one `BM25Channel`.
+    """
 
     __name__ = "exclusivity"
 
-    def __init__(self, channel: BM25Channel, mode: Literal["membership", "lexical"], top_n: int) -> None:
-        self.channel, self.mode, self.top_n = channel, mode, top_n
+    def __init__(
+        self, channels: Channel | Sequence[Channel], mode: Literal["membership", "lexical"], top_n: int
+    ) -> None:
+        self.channels = list(ranked_channels(channels).values())
+        self.mode, self.top_n = mode, top_n
+        if mode == "lexical" and not (len(self.channels) == 1 and isinstance(self.channels[0], BM25Channel)):
+            raise ValueError("exclusivity_mode='lexical' compares words, which one BM25Channel alone can do; got "
+                             f"{[c.name for c in self.channels]}: use 'membership'")  # fmt: skip
 
     def __call__(
         self,
@@ -120,12 +137,14 @@ class ExclusivityReward:
         **_: Any,
     ) -> FloatArray:
         """Exclusivity of ``N`` candidates in [0, 1]: ``lexical`` is 1 - term overlap [R-GRPO's proxy], ``membership``
-        is 1 for an item outside the channel's Top-``top_n``."""
+        is 1 for an item outside every channel's Top-``top_n``."""
         texts = [query.text for query in queries]
         if self.mode == "lexical":
-            return 1.0 - self.channel.term_overlap(texts, item_positions[:, None])[:, 0]
-        ids = np.array([[item.id] for item in items], dtype=object)
-        return np.where(self.channel.membership(texts, ids, self.top_n)[:, 0], 0.0, 1.0).astype(np.float32)
+            bm25 = cast(BM25Channel, self.channels[0])
+            return 1.0 - bm25.term_overlap(texts, item_positions[:, None])[:, 0]
+        ids = np.array([[item.id] for item in items], dtype=object).reshape(-1, 1)
+        known = np.logical_or.reduce([channel.membership(texts, ids, self.top_n)[:, 0] for channel in self.channels])
+        return np.where(known, 0.0, 1.0).astype(np.float32)
 
 
 def item_quality(items: Items, column: str = "quality") -> npt.NDArray[np.float64]:

@@ -90,28 +90,22 @@ class EmbeddingStore:
     @cached_property
     def vectors(self) -> FloatArray:
         """All vectors as one float32 ``[N, D]``: the memory map itself where it is one float32 shard, else a copy."""
-        parts = [_decoded(shard) for shard in self.shards]
+        parts = [decoded(shard) for shard in self.shards]
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
     def blocks(self) -> Iterator[FloatArray]:
         """All vectors in order as float32 ``[n, D]`` of a bounded size."""
         for shard in self.shards:
             for start in range(0, len(shard), _BLOCK_ROWS):
-                yield _decoded(shard[start : start + _BLOCK_ROWS])
+                yield decoded(shard[start : start + _BLOCK_ROWS])
 
     def rows(self, positions: npt.NDArray[np.int64]) -> FloatArray:
         """The vectors at these positions, float32 ``[n, D]``; reads no others."""
-        return _decoded(self.stored_rows(positions))
+        return decoded(self.stored_rows(positions))
 
     def stored_rows(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Like `rows`, as they are stored."""
-        found = np.empty((len(positions), self.dimension), self.dtype)
-        start = 0
-        for shard in self.shards:
-            here = (positions >= start) & (positions < start + len(shard))
-            found[here] = shard[positions[here] - start]
-            start += len(shard)
-        return found
+        """Like `rows`, as they are stored (`decoded` makes float32 of them)."""
+        return gather(self.shards, positions) if self.shards else np.zeros((0, 0), np.float32)
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> EmbeddingStore:
@@ -143,22 +137,35 @@ class EmbeddingStore:
             _finish(beside, _identity(self.ids, self.fingerprint, self.dimension, self.dtype))
 
 
-def _encoded(vectors: FloatArray, dtype: str) -> npt.NDArray[Any]:
-    """Unit vectors as a `StoreType`."""
+def encoded(vectors: FloatArray, dtype: str) -> npt.NDArray[Any]:
+    """Unit vectors ``[N, D]`` as a `StoreType`."""
     if dtype == "int8":
         largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)
         return np.rint(vectors * (127 / np.where(largest == 0, 1, largest))).astype(np.int8)
     return np.ascontiguousarray(vectors, dtype=dtype)
 
 
-def _decoded(shard: npt.NDArray[Any]) -> FloatArray:
+def gather(shards: Sequence[npt.NDArray[Any]], positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """The rows at these positions of the concatenated ``shards``, which are not concatenated for it."""
+    found = np.empty((len(positions), shards[0].shape[1]), shards[0].dtype)
+    start = 0
+    for shard in shards:
+        here = (positions >= start) & (positions < start + len(shard))
+        found[here] = shard[positions[here] - start]
+        start += len(shard)
+    return found
+
+
+def decoded(shard: npt.NDArray[Any]) -> FloatArray:
+    """Stored vectors of any `StoreType` as float32."""
     return shard if shard.dtype == np.float32 else unit_rows(shard.astype(np.float32))
 
 
 def unit_rows(vectors: FloatArray) -> FloatArray:
     """Vectors ``[N, D]`` divided by their length; a zero row stays zero."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(length == 0, 1, length), dtype=np.float32)
+    with np.errstate(invalid="ignore"):  # infinity becomes NaN, which is refused where vectors are checked
+        return np.asarray(vectors / np.where(length == 0, 1, length), dtype=np.float32)
 
 
 def encode_corpus(
@@ -258,7 +265,7 @@ class _Work:
         if not np.isfinite(vectors).all():
             bad = items.ids[rows[new[int(np.argmin(np.isfinite(vectors).all(axis=1)))]]]
             raise StoreError(f"the encoder gave a NaN or infinite embedding for item {bad!r}")
-        coded = _encoded(vectors, self.dtype)
+        coded = encoded(vectors, self.dtype)
         if len(new) == len(rows):
             return coded
         stored = np.empty((len(rows), encoder.dimension), self.dtype)

@@ -13,6 +13,7 @@ from taoemb.catalog import Catalog, ItemTemplate, QuerySet
 from taoemb.cli import app
 from taoemb.encoder import Encoder
 from taoemb.index.refresh import load_index
+from taoemb.index.runs import RunChannel, write_run
 from taoemb.index.snapshots import Snapshots
 from taoemb.shop import Shop
 from taoemb.store import EmbeddingStore
@@ -307,7 +308,7 @@ def test_search_mistakes(run, tmp_path, static_model):
     assert taoemb_cli("search", tmp_path, "mug").exit_code == 0
     (tmp_path / "model").unlink()
     Encoder(static_model).save(tmp_path / "model")
-    assert "was built with another encoder" in refused("search", tmp_path, "mug")
+    assert "the index was built with encoder" in refused("search", tmp_path, "mug")
 
 
 def test_evaluate_prints_what_the_run_measured(run, small_shop_folder, static_model):
@@ -367,3 +368,36 @@ def test_index_bench(run, tmp_path):
     assert "no FAISS factory string" in refused(
         "index", "bench", run[0] / "index", "--out", tmp_path / "c", "--factory", "NOPE"
     )
+
+
+def test_evaluate_takes_run_files_as_channels(small_shop, small_shop_folder, static_model, tmp_path):
+    queries = small_shop.queries.select("test")
+    everything = dict.fromkeys(queries.texts, small_shop.items.ids)
+    write_run(RunChannel("all", everything), queries, 600, tmp_path / "all.trec")
+    write_run(RunChannel("none", {text: [] for text in queries.texts}), queries, 1, tmp_path / "none.trec")
+
+    def table(*options):
+        result = taoemb_cli("evaluate", static_model, "--data", small_shop_folder, *options)
+        assert result.exit_code == 0, result.output
+        head, *rows = result.stdout.splitlines()
+        return {row.split()[0]: dict(zip(head.split(), row.split()[1:], strict=True)) for row in rows}[
+            str(static_model)
+        ]
+
+    alone, with_none = table(), table("--channel", tmp_path / "none.trec")
+    assert "overlap@10/bm25" not in alone
+    assert with_none["overlap@10/none"] == "0.000"
+    assert with_none["overlap@10/bm25"] == with_none["overlap@10"] == alone["overlap@10"]
+    assert with_none["exclusive_goodrate@10"] == alone["exclusive_goodrate@10"]
+    both = table("--channel", tmp_path / "none.trec", "--channel", tmp_path / "all.trec")
+    assert {"overlap@10/bm25", "overlap@10/none", "overlap@10/all"} <= both.keys()
+    assert float(both["overlap@10"]) >= float(alone["overlap@10"])
+
+    evaluate = ("evaluate", static_model, "--data", small_shop_folder, "--channel")
+    assert "nowhere.trec is no file" in refused(*evaluate, tmp_path / "nowhere.trec")
+    (tmp_path / "few.trec").write_text(f"{queries.ids[0]} Q0 {small_shop.items.ids[0]} 1 1 t\n")
+    assert "few.trec has no entry for 29 of the queries asked for" in refused(*evaluate, tmp_path / "few.trec")
+    (tmp_path / "bad.trec").write_text(f"{queries.ids[0]} Q0 {small_shop.items.ids[0]} 1 high t\n")
+    assert "bad.trec, line 1: the score 'high' is no finite number" in refused(*evaluate, tmp_path / "bad.trec")
+    twice = ("--channel", tmp_path / "all.trec", "--channel", tmp_path / "all.trec")
+    assert "two channels are called 'all'" in refused(*evaluate[:-1], *twice)

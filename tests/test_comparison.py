@@ -7,9 +7,10 @@ import pytest
 from taoemb.catalog import Catalog, ItemTemplate
 from taoemb.comparison import compare
 from taoemb.encoder import Encoder
-from taoemb.evaluation import evaluate
+from taoemb.evaluation import evaluate, rank_query
 from taoemb.index.channels import BM25Channel
 from taoemb.index.exact import ExactIndex
+from taoemb.index.runs import RunChannel
 from taoemb.store import encode_corpus
 
 
@@ -26,7 +27,7 @@ def pooled(static_model):
     index = ExactIndex.build(encode_corpus(encoder, catalog.items))
     bm25 = BM25Channel.build(catalog.items.ids, ItemTemplate().texts(catalog.items))
     quality = np.full(150, 0.5)
-    return catalog, encoder, index, compare(catalog, catalog.queries, {"dense": (encoder, index)}, bm25, channel=bm25,
+    return catalog, encoder, index, compare(catalog, catalog.queries, {"dense": (encoder, index)}, bm25, channels=[bm25],
                                             quality_N=quality, top_n=100)  # fmt: skip
 
 
@@ -49,3 +50,40 @@ def test_condensed_ndcg_and_auc_read_graded_items_below_the_cut(pooled):
     for metric, values in whole.per_query.items():
         np.testing.assert_allclose(comparison.evaluations["dense"].per_query[metric], values)
     assert len(comparison.lists["dense"][0][0]) == 10
+
+
+def test_several_channels_know_what_any_of_them_finds(pooled):
+    catalog, encoder, index, alone = pooled
+    dense = {"dense": (encoder, index)}
+    result = index.search(encoder.encode_query(catalog.queries.texts), 100)
+    shown = [rank_query(dict(zip(i, s)), {}).ids[:10] for i, s in zip(*(column.tolist() for column in result))]
+    bm25 = BM25Channel.build(catalog.items.ids, ItemTemplate().texts(catalog.items))
+    other = RunChannel("other", {"sneaker": shown[0][:3], "green hat": []})
+    options = {"quality_N": np.full(150, 0.5), "top_n": 100}
+    several = compare(catalog, catalog.queries, dense, bm25, channels=[bm25, other], **options)
+    found = several.evaluations["dense"].per_query
+    hat = alone.evaluations["dense"].per_query["overlap@10"][1]
+    assert found["overlap@10/bm25"].tolist() == [0, hat]  # "sneaker" is no word of any title
+    assert found["overlap@10/other"].tolist() == [0.3, 0]
+    assert found["overlap@10"].tolist() == [0.3, hat]
+    assert several.channel_top["q1"] == set(shown[0][:3])
+    for query, ids in zip(("q1", "q2"), shown):
+        good = [i for i in ids if catalog.qrels[query].get(i, 0) >= 2 and i not in several.channel_top[query]]
+        assert found["exclusive_goodrate@10"][catalog.queries.ids.index(query)] == len(good) / 10
+    everything = dict.fromkeys(catalog.queries.texts, catalog.items.ids)
+    nothing_new = compare(catalog, catalog.queries, dense, None, channels=[bm25, RunChannel("all", everything)],
+                          quality_N=options["quality_N"], top_n=150)  # fmt: skip
+    assert nothing_new.evaluations["dense"].per_query["overlap@10"].tolist() == [1, 1]
+    assert nothing_new.evaluations["dense"].per_query["exclusive_goodrate@10"].tolist() == [0, 0]
+    assert "overlap@10/all" in nothing_new.text()
+
+
+def test_a_channel_that_cannot_answer_is_named(pooled):
+    catalog = pooled[0]
+    options = {"quality_N": np.full(150, 0.5), "top_n": 100}
+    with pytest.raises(
+        ValueError, match="channel 'other' has no entry for 1 of the queries asked for, the first is 'green hat'"
+    ):
+        compare(catalog, catalog.queries, {}, None, channels=[RunChannel("other", {"sneaker": []})], **options)
+    with pytest.raises(ValueError, match="no channel was given"):
+        compare(catalog, catalog.queries, {}, None, channels=[], **options)

@@ -26,7 +26,7 @@ CANDIDATES = [
     Candidate("IVF32,Flat", "nprobe", (1, 4, 32)),
     Candidate("IVF32,SQ8", "nprobe", (32,)),
     Candidate("HNSW8", "efSearch", (4, 200)),
-    "PQ4x4",
+    "PQ4x4fs",
 ]
 
 
@@ -64,7 +64,7 @@ def row(name, recall, p50, mb=1.0, **more):
 
 def test_a_row_per_index_and_setting(rows):
     names = ["exact", "Flat", *(f"IVF32,Flat nprobe={p}" for p in (1, 4, 32)), "IVF32,SQ8 nprobe=32",
-             "HNSW8 efSearch=4", "HNSW8 efSearch=200", "PQ4x4"]  # fmt: skip
+             "HNSW8 efSearch=4", "HNSW8 efSearch=200", "PQ4x4fs"]  # fmt: skip
     assert [row.name for row in rows] == names
     assert all(row.k == 10 and row.queries_per_second > 0 and 0 < row.p50_ms <= row.p99_ms for row in rows)
     assert len({row.build_seconds for row in of(rows, "IVF32,Flat")}) == 1
@@ -86,14 +86,14 @@ def test_recall_is_that_of_brute_force(rows):
     """Of one coarse row, computed here from scratch with the same search by faiss."""
     import faiss
 
-    index = faiss.index_factory(D, "PQ4x4", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(D, "PQ4x4fs", faiss.METRIC_INNER_PRODUCT)
     sample = np.sort(np.random.default_rng(0).permutation(N))
     index.train(VECTORS[sample])
     index.add(VECTORS)
     for k, found in ((10, "recall_at_k"), (100, "recall_at_100")):
         best = np.argsort(-(QUERIES.astype(np.float64) @ VECTORS.T), axis=1)[:, :k]
         hits = [len(set(a) & set(b)) / k for a, b in zip(index.search(QUERIES, k)[1].tolist(), best.tolist())]
-        assert getattr(of(rows, "PQ4x4")[0], found) == pytest.approx(np.mean(hits), abs=0.002)
+        assert getattr(of(rows, "PQ4x4fs")[0], found) == pytest.approx(np.mean(hits), abs=0.002)
 
 
 def test_equal_scores_are_right_and_repeated_items_count_once(monkeypatch):
@@ -112,11 +112,11 @@ def test_sizes(rows):
     sizes = {row.factory: row.size_mb for row in rows}
     assert sizes["exact"] == N * D * 4 / 1e6
     assert sizes["exact"] < sizes["Flat"] < sizes["exact"] + 0.001  # a header
-    assert sizes["PQ4x4"] < sizes["IVF32,SQ8"] < sizes["Flat"] < sizes["IVF32,Flat"] < sizes["HNSW8"]
+    assert sizes["PQ4x4fs"] < sizes["IVF32,SQ8"] < sizes["Flat"] < sizes["IVF32,Flat"] < sizes["HNSW8"]
 
 
 def test_refresh_is_measured_where_an_index_can_be_changed(rows):
-    assert {row.factory for row in rows if row.refresh_seconds is None} == {"PQ4x4"}
+    assert {row.factory for row in rows if row.refresh_seconds is None} == {"PQ4x4fs"}
 
 
 def test_refresh_moves_one_percent_and_leaves_the_store(monkeypatch):

@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from taoemb.catalog import Catalog, Items, QuerySet
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
+from taoemb.index.runs import RunChannel, write_run
 from taoemb.job import JudgeConfig, TrainConfig, TrainJob
 from taoemb.trainer import RetrievalGRPOTrainer
 
@@ -142,7 +143,7 @@ def test_a_catalog_that_changed_is_not_mixed_into_a_run(config, small_shop, tmp_
     (tmp_path / "run" / "models").mkdir()
     cheaper = small_shop.items.table.drop_columns(["rating"])
     dataclasses.replace(small_shop, items=Items(cheaper)).save(tmp_path / "shop")
-    with pytest.raises(ValueError, match=r"items\.parquet in .* changed after"):
+    with pytest.raises(ValueError, match=r"shop/items\.parquet changed after"):
         TrainJob(config, tmp_path / "run")
 
 
@@ -194,3 +195,80 @@ def test_an_oracle_that_knows_no_training_query_is_refused(config, small_shop, t
     asked = dataclasses.replace(config, data=str(tmp_path / "shop"), judge=JudgeConfig(kind="oracle"))
     with pytest.raises(ValueError, match="no training query has grades"):
         _ = TrainJob(asked, tmp_path / "run").judge
+
+
+def a_run_of(catalog, path, n=100):
+    """A channel that finds the first items of the catalog for every query, as a run file."""
+    tops = dict.fromkeys(catalog.queries.texts, catalog.items.ids[:n])
+    write_run(RunChannel("first", tops), catalog.queries, n, path)
+    return path
+
+
+def test_run_files_are_channels_of_the_reward_and_of_the_figures(config, small_shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run_of(small_shop, tmp_path / "first.trec")
+    config = load_config(TrainConfig, None, [f"data={config.data}", "channels=[bm25,first.trec]", f"model={config.model}",
+                                             "systems=[bm25,stage1,retrieval_grpo]", "trackers=[jsonl]",
+                                             "stage1.steps=2", "stage2.steps=2", "stage2.batch_size=8",
+                                             "stage2.num_candidates=6"])  # fmt: skip
+    job = TrainJob(config, tmp_path / "run")
+    assert list(job.channels) == ["bm25", "first"]
+    exclusivity = job._rewards(config.stage2)[0][2]
+    query, items = small_shop.queries[0], [small_shop.items[i] for i in (0, 99, 100, 599)]
+    bm25 = job.bm25.top([query.text], 100)[0]
+    asked = {"queries": [query] * 4, "items": items, "item_positions": np.array([0, 99, 100, 599])}
+    assert exclusivity(**asked).tolist() == [0, 0, *(float(item.id not in bm25) for item in items[2:])]
+    job.run()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["meta"]["channels"] == "bm25, first"
+    for row in metrics["systems"].values():
+        assert max(row["overlap@10/bm25"], row["overlap@10/first"]) <= row["overlap@10"]
+        assert row["overlap@10"] <= row["overlap@10/bm25"] + row["overlap@10/first"] + 1e-9
+    assert metrics["systems"]["bm25"]["overlap@10/first"] > 0
+    assert "overlap@10/first" in (tmp_path / "run" / "report.html").read_text()
+
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    TrainJob(config, tmp_path / "run").run()
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    a_run_of(small_shop, tmp_path / "first.trec", n=99)
+    with pytest.raises(ValueError, match=r"first\.trec changed after .*run was started; give another folder"):
+        TrainJob(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings \(channels differ\)"):
+        TrainJob(dataclasses.replace(config, channels=("bm25",)), tmp_path / "run")
+
+
+def test_a_run_file_that_cannot_be_used_is_refused_before_training(config, small_shop, tmp_path):
+    def job(*channels, **changed):
+        return TrainJob(dataclasses.replace(config, channels=channels, **changed), tmp_path / "run")
+
+    with pytest.raises(
+        FileNotFoundError, match=r"channels: .*nowhere\.trec is no file; give 'bm25' or a TREC run file"
+    ):
+        job("bm25", str(tmp_path / "nowhere.trec"))
+    assert not (tmp_path / "run").exists()
+
+    test_only = dataclasses.replace(small_shop, queries=small_shop.queries.select("test"))
+    path = str(a_run_of(test_only, tmp_path / "other.trec"))
+    with pytest.raises(ValueError, match=r"other\.trec has no entry for 120 of the queries asked for"):
+        job("bm25", path)
+    rewards = dataclasses.replace(config.stage2.rewards, exclusivity=0.0)
+    job(path, stage2=dataclasses.replace(config.stage2, rewards=rewards))  # figures of the test queries alone
+    a_run_of(small_shop, tmp_path / "other.trec")
+    job("bm25", path)  # nothing was trained: what was wrong may be mended
+    a_run_of(small_shop, tmp_path / "bm25.trec")
+    with pytest.raises(ValueError, match="two channels are called 'bm25'"):
+        job("bm25", str(tmp_path / "bm25.trec"))
+    (tmp_path / "other.trec").write_text("q1 Q0 a\n")
+    with pytest.raises(ValueError, match=r"other\.trec, line 1: 3 columns"):
+        job(path)
+
+
+def test_channels_that_make_no_sense_are_refused(config):
+    lexical = dataclasses.replace(config.stage2.rewards, exclusivity_mode="lexical")
+    for channels in ((), ("bm25", "bm25")):
+        with pytest.raises(ValueError, match="give 'bm25', TREC run files or both, each once"):
+            dataclasses.replace(config, channels=channels)
+    stage2 = dataclasses.replace(config.stage2, rewards=lexical)
+    dataclasses.replace(config, stage2=stage2)
+    with pytest.raises(ValueError, match=r"channels=\['bm25', 'x'\].*compares words with BM25 alone; use membership"):
+        dataclasses.replace(config, stage2=stage2, channels=("bm25", "x"))

@@ -106,16 +106,6 @@ def test_parameters_reach_milvus(make, index_type, thorough, lazy):
     assert np.mean([len({*a} & {*b}) / 10 for a, b in zip(found, wanted)]) < 0.9
 
 
-def test_more_wanted_than_there_are_and_no_queries(make):
-    index = make(store(VECTORS[:3]))
-    same(index, ExactIndex.build(store(VECTORS[:3])), k=5)
-    ids, scores = index.search(QUERIES, 5)
-    assert (ids[:, 3:] == "").all()
-    assert np.isneginf(scores[:, 3:]).all()
-    assert index.search(QUERIES[:0], 5)[0].shape == (0, 5)
-    assert index.search(QUERIES[:1], milvus.MAX_K)[0].shape == (1, milvus.MAX_K)
-
-
 ODD_IDS = ["0012", "12", "ключ 🍵", "a" * 65_535, "🍵" * 16_383, "1e5", "nan", " ", "x,y\n\"z'", "None", "-1", "\\", "\\n", "a\tb\r",
            "' or id != '", '"] or id != ""', "%", "{a}", "\x00", "\x1f"]  # fmt: skip
 
@@ -166,15 +156,6 @@ def test_update_and_remove_are_a_rebuild(make, index_type):
             index.close()
             index = make()
     assert index.ids == sorted(truth)
-
-
-def test_everything_can_go_and_come_back(make):
-    index = make(store())
-    index.remove(IDS)
-    assert (len(index), index.ids) == (0, [])
-    assert (index.search(QUERIES, 5)[0] == "").all()
-    index.update(IDS[:7], VECTORS[:7])
-    same(index, ExactIndex(IDS[:7], VECTORS[:7]))
 
 
 def test_bad_changes_change_nothing(make):

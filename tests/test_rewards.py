@@ -9,6 +9,7 @@ import pytest
 
 from taoemb.catalog import Item, Items, Query
 from taoemb.index.channels import BM25Channel
+from taoemb.index.runs import RunChannel
 from taoemb.judge import OracleJudge
 from taoemb.rewards import (
     ExclusivityReward,
@@ -87,6 +88,54 @@ def test_lexical_exclusivity_falls_with_the_overlap():
     channel = BM25Channel.build([i.id for i in ITEMS], [i.title for i in ITEMS])
     reward = ExclusivityReward(channel, "lexical", 1)(**columns([(0, 0), (0, 1), (1, 1)]))
     assert reward.tolist() == [0, 1, 0]  # both words of "red shoes", none of them, "running"
+
+
+def test_what_any_channel_finds_is_not_exclusive():
+    """Against sets, over random lists, with a channel of a user's own that has nothing but ``top``."""
+    rng = np.random.default_rng(0)
+    items = [Item(f"i{n}", f"item {n}") for n in range(30)]
+    queries = [Query(f"q{n}", f"query {n}") for n in range(8)]
+
+    def tops():
+        return {q.text: rng.permutation([i.id for i in items])[: rng.integers(0, 12)].tolist() for q in queries}
+
+    class Mine:
+        name = "mine"
+        lists, asked = tops(), 0
+
+        def top(self, queries, n):
+            self.asked += len(queries)
+            return [self.lists[query][:n] for query in queries]
+
+    mine, other = Mine(), tops()
+    reward = ExclusivityReward([mine, RunChannel("other", other)], "membership", 5)
+    query_positions, item_positions = rng.integers(0, 8, 200), rng.integers(0, 30, 200)
+    given = {"queries": [queries[q] for q in query_positions], "items": [items[i] for i in item_positions],
+             "query_positions": query_positions, "item_positions": item_positions}  # fmt: skip
+    expected = [
+        float(i.id not in {*mine.lists[q.text][:5], *other[q.text][:5]})
+        for q, i in zip(given["queries"], given["items"])
+    ]
+    for _ in range(2):
+        values = reward(**given)
+        assert values.dtype == np.float32
+        assert values.tolist() == expected
+    assert 0 < sum(expected) < 200
+    assert mine.asked == len(set(query_positions.tolist()))  # remembered by text
+    nothing = {name: values[:0] for name, values in given.items()}
+    assert reward(**nothing).shape == (0,)
+
+
+def test_words_are_compared_with_bm25_alone():
+    bm25 = BM25Channel.build(["a"], ["red shoe"])
+    run = RunChannel("other", {})
+    for channels, names in ((run, r"\['other'\]"), ([bm25, run], r"\['bm25', 'other'\]")):
+        with pytest.raises(ValueError, match=f"exclusivity_mode='lexical' .* got {names}: use 'membership'"):
+            ExclusivityReward(channels, "lexical", 1)
+    with pytest.raises(TypeError, match="is no channel"):
+        ExclusivityReward([{"red shoe": ["a"]}], "membership", 1)
+    with pytest.raises(ValueError, match="no entry for 1 of the queries asked for, the first is 'red shoes'"):
+        ExclusivityReward(run, "membership", 1)(**columns([(0, 0)]))
 
 
 def table(**more):

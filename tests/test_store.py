@@ -279,7 +279,7 @@ def test_smaller_numbers_keep_the_vectors(dtype, size, cosine, static_model, ite
 def test_int8_is_rows_times_127_over_their_largest_number():
     vectors = np.array([[0.6, -0.8], [0, 0], [1, 0]], np.float32)
     store = EmbeddingStore(["a", "b", "c"], [vectors], "")
-    coded = taoemb.store._encoded(vectors, "int8")
+    coded = taoemb.store.encoded(vectors, "int8")
     assert coded.tolist() == [[95, -127], [0, 0], [127, 0]]
     length = (95**2 + 127**2) ** 0.5
     decoded = EmbeddingStore(store.ids, [coded], "").vectors
