@@ -23,7 +23,7 @@ from taoemb.encoder import Encoder
 from taoemb.files import write_json
 from taoemb.index.channels import BM25Channel
 from taoemb.index.exact import ExactIndex
-from taoemb.index.refresh import overlap
+from taoemb.index.results import overlap
 from taoemb.job import TrainConfig
 from taoemb.judge import OracleJudge
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, item_quality

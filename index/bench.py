@@ -7,23 +7,20 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from html import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from taoemb.files import write_json, write_text
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex, import_faiss
 from taoemb.index.results import as_queries, check_k, check_vectors
-from taoemb.report_charts import BOTTOM, LEFT, RIGHT, STYLE, TOP, WIDTH, compact, decimal, figure, svg
-from taoemb.store import EmbeddingStore
+from taoemb.index.tuning import NOISE, draw_queries
+from taoemb.store import EmbeddingStore, unit_rows
 from taoemb.types import FloatArray
 
 Positions: TypeAlias = npt.NDArray[np.int64]
@@ -31,15 +28,13 @@ Progress: TypeAlias = Callable[[str], None]
 
 _QUERIES, _SINGLE = 1000, 200
 """Queries that are drawn where none are given, and those of them that are also timed one by one; our choice."""
-_NOISE = 0.5
-"""Expected length of the noise on a drawn unit vector: a cosine of about .89 to it; our choice."""
 _TIE = 1e-6
 _TRAIN_ROWS, _LIST_ROWS = 262_144, 39
 """What `VectorIndex` trains on at most, and the vectors per list under which FAISS warns."""
 _PROBES, _BEAMS = (1, 4, 16, 64, 256), (16, 32, 64, 128, 256)
 _LINKS, _BUILD_BEAM = 32, 40
 """Of a graph by hnswlib and usearch: those of FAISS's ``HNSW32``, so that like is compared with like."""
-_LIBRARIES = {"hnswlib": "hnswlib", "usearch": "usearch.index"}
+LIBRARIES = {"hnswlib": "hnswlib", "usearch": "usearch.index"}
 HOW = (
     "recall@k: share of the k items found whose exact score is at least that of the exact k-th best, less 1e-6 (ties count); "
     "the reference is exact search (ExactIndex). recall@100 is of a search of its own with k = 100.",
@@ -71,7 +66,7 @@ class Candidate:
             raise ValueError(f"parameter={self.parameter!r}: give nprobe or efSearch, or leave it out")
         if bool(self.parameter) != bool(self.values):
             raise ValueError(f"{self.factory}: give a search parameter and its values, or neither")
-        known = {"exact": ("",), **dict.fromkeys(_LIBRARIES, ("", "efSearch"))}.get(self.factory)
+        known = {"exact": ("",), **dict.fromkeys(LIBRARIES, ("", "efSearch"))}.get(self.factory)
         if known and self.parameter not in known:
             raise ValueError(f"{self.factory} has no search setting {self.parameter}")
         if any(value < 1 for value in self.values):
@@ -134,7 +129,7 @@ def sweep(factory: str) -> Candidate:
     if is_list and "RFlat" not in after and "Refine" not in after:
         digits = after[: len(after) - len(after.lstrip("0123456789"))]
         return Candidate(factory, "nprobe", tuple(p for p in _PROBES if p <= int(digits or 1)))
-    if factory in _LIBRARIES or before.startswith("HNSW"):
+    if factory in LIBRARIES or before.startswith("HNSW"):
         return Candidate(factory, "efSearch", _BEAMS)
     return Candidate(factory)
 
@@ -150,7 +145,7 @@ def default_candidates(count: int) -> tuple[list[Candidate], list[str]]:
     found, notes = ["exact"], []
     for library, factories in names.items():
         try:
-            import_module(_LIBRARIES.get(library, library))
+            import_module(LIBRARIES.get(library, library))
         except ImportError:
             notes.append(f"{library} is not installed; left out: {', '.join(factories)}")
         else:
@@ -297,7 +292,7 @@ class _Usearch(_Engine):
 def _engine(factory: str, store: EmbeddingStore, seed: int) -> _Engine:
     if factory == "exact":
         return _Exact(store)
-    if factory in _LIBRARIES:
+    if factory in LIBRARIES:
         try:
             return _Hnswlib(store, seed) if factory == "hnswlib" else _Usearch(store)
         except ImportError as error:
@@ -376,24 +371,6 @@ def bench(
     ]  # fmt: skip
 
 
-def draw_queries(store: EmbeddingStore, seed: int = 0) -> FloatArray:
-    """1,000 stand-ins for queries ``[Q, D]``: unit vectors of the store plus Gaussian noise, normalised again.
-
-    The noise has an expected length of .5, so that the cosine to the row is about .89. Real queries are better: they lie
-    elsewhere than items.
-    """
-    rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(len(store), _QUERIES, replace=len(store) < _QUERIES))
-    return _unit(
-        _unit(store.vectors[rows]) + rng.normal(0, _NOISE / math.sqrt(store.dimension), (_QUERIES, store.dimension))
-    )
-
-
-def _unit(vectors: npt.NDArray[np.floating[Any]]) -> FloatArray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
-
-
 def _checked(
     store: EmbeddingStore, queries: npt.ArrayLike | None, k: int, batch: int, repeats: int, seed: int
 ) -> FloatArray:
@@ -406,7 +383,7 @@ def _checked(
         if value < 1:
             raise ValueError(f"{name}={value}: give at least 1")
     if queries is None:
-        return draw_queries(store, seed)
+        return draw_queries(store, _QUERIES, seed)
     array = as_queries(queries, store.dimension)
     if not len(array):
         raise ValueError("there are no queries; give at least one, or none at all to draw them from the store")
@@ -484,7 +461,7 @@ def _refresh_seconds(
     for repeat in range(repeats):
         say(f"refresh, repeat {repeat + 1} of {repeats}")
         rows = np.sort(rng.choice(len(store), max(1, round(len(store) / 100)), replace=False))
-        moved = _unit(
+        moved = unit_rows(
             store.vectors[rows] + rng.normal(0, 0.1 / math.sqrt(store.dimension), (len(rows), store.dimension))
         )
         for engine, taken in zip(engines, seconds, strict=True):
@@ -506,7 +483,7 @@ def describe(
 ) -> dict[str, Any]:
     """The conditions of a `bench` with these arguments, as JSON values: the data, the machine, how it is measured."""
     drawn = (
-        f"Queries: {_QUERIES:,} rows of the store plus Gaussian noise of expected length {_NOISE:g}, normalised again. Real "
+        f"Queries: {_QUERIES:,} rows of the store plus Gaussian noise of expected length {NOISE:g}, normalised again. Real "
         "queries are better: they lie elsewhere than items."
     )
     versions = {"numpy": np.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -526,175 +503,3 @@ def describe(
             *(default_candidates(len(store))[1] if candidates is None else []),
         ],
     }  # fmt: skip
-
-
-def recommend(rows: Sequence[BenchRow], min_recall: float = 0.95) -> tuple[BenchRow | None, str]:
-    """The row with the lowest single-query latency (p50) whose recall@k reaches ``min_recall``, and a sentence why.
-
-    Equally fast rows: the smaller index. None where no row reaches the recall. Raises ValueError without rows or for a
-    recall that is not in (0, 1].
-    """
-    if not rows:
-        raise ValueError("there are no rows to choose from")
-    if not 0 < min_recall <= 1:
-        raise ValueError(f"min_recall={min_recall}: give more than 0 and at most 1")
-    wanted = f"recall@{rows[0].k} of at least {decimal(min_recall)}"
-    reach = [row for row in rows if row.recall_at_k >= min_recall]
-    if not reach:
-        best = max(rows, key=lambda row: row.recall_at_k)
-        return None, f"No row has a {wanted}; the nearest is {best.name} with {decimal(best.recall_at_k)}."
-    best = min(reach, key=lambda row: (row.p50_ms, row.size_mb))
-    exact = next((row for row in rows if row.factory == "exact" and row is not best), None)
-    beside = f"; exact search takes {exact.p50_ms:.3g} ms" if exact else ""
-    if best.factory in _LIBRARIES:
-        ours = min((row for row in reach if row.factory not in _LIBRARIES), key=lambda row: row.p50_ms, default=None)
-        beside += f"; taoemb does not build {best.factory}"
-        beside += f", of what it builds {ours.name} is fastest with {ours.p50_ms:.3g} ms" if ours else ""
-    return best, (
-        f"{best.name} answers a single query fastest, in {best.p50_ms:.3g} ms (p50) at recall {decimal(best.recall_at_k)}, "
-        f"of the {len(reach)} of {len(rows)} rows with a {wanted}{beside}."
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
-
-_CSS = """.num{fill:var(--bg);font-size:9px;font-weight:700;text-anchor:middle}.dot.n{width:17px;height:17px;color:var(--bg);
-font-size:10px;font-weight:700;text-align:center;line-height:17px;margin:0}.best td{background:var(--wash);font-weight:600}"""
-
-
-def write_bench(
-    rows: Sequence[BenchRow], meta: Mapping[str, Any], folder: str | Path, min_recall: float = 0.95
-) -> Path:
-    """Write ``bench.json`` and ``bench.html``, a page that loads nothing; returns the page's path.
-
-    ``meta`` is what `describe` gives, or any mapping of names to JSON values (``notes`` is a list of sentences).
-
-    Raises ValueError without rows, as `recommend`, or where a value is no JSON.
-    """
-    folder = Path(folder)
-    best, why = recommend(rows, min_recall)
-    value = {
-        "kind": "index bench", "format": 1, "meta": dict(meta), "rows": [asdict(row) for row in rows],
-        "recommended": {"row": rows.index(best) if best else None, "min_recall": min_recall, "why": why},
-    }  # fmt: skip
-    write_json(folder / "bench.json", value)
-    page = _page(rows, meta, best, why).encode("utf-8", "replace").decode("utf-8")
-    write_text(folder / "bench.html", page)
-    return folder / "bench.html"
-
-
-def _page(rows: Sequence[BenchRow], meta: Mapping[str, Any], best: BenchRow | None, why: str) -> str:
-    numbers = {factory: i for i, factory in enumerate(dict.fromkeys(row.factory for row in rows), start=1)}
-    keys = [(_color(number), f"{number} {factory}") for factory, number in numbers.items()]
-    k = rows[0].k
-    facts = "".join(
-        f"<div><dt>{escape(str(name))}</dt><dd>{escape(f'{v:,}' if isinstance(v, int) else str(v))}</dd></div>"
-        for name, v in meta.items()
-        if name != "notes"
-    )
-    charts = [
-        figure(
-            f"Recall and {what}",
-            _scatter(rows, numbers, values, f"recall@{k}", title),
-            f"{note}; both axes are logarithmic, recall in its misses",
-            keys,
-        )
-        for what, values, title, note in (
-            ("speed", [row.queries_per_second for row in rows], "queries/s", "in batches; up and right is better"),
-            ("memory", [row.size_mb for row in rows], "MB", "serialised index; down and right is better"),
-        )
-    ]
-    body = "\n".join([
-        "<h1>Index benchmark</h1>",
-        f'<p class="verdict {"lead" if best else "behind"}">{escape(why)}</p>',
-        f'<dl class="facts">{facts}</dl>',
-        f'<div class="charts">{"".join(charts)}</div>',
-        f'<div class="scroll">{_table(rows, numbers, best)}</div>',
-        *(f'<p class="note">{escape(str(note))}</p>' for note in meta.get("notes", ())),
-    ])  # fmt: skip
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Index benchmark</title><style>{STYLE}{_CSS}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
-
-
-def _color(number: int) -> int:
-    return number % 10
-
-
-def _table(rows: Sequence[BenchRow], numbers: Mapping[str, int], best: BenchRow | None) -> str:
-    titles = ("index", "search", f"recall@{rows[0].k}", "recall@100", "queries/s", "p50 ms", "p99 ms", "build s", "MB",
-              "refresh 1 % s")  # fmt: skip
-    lines = []
-    for row in rows:
-        number = numbers[row.factory]
-        cells = (
-            f'<span class="dot n c{_color(number)}">{number}</span> {escape(row.factory)}',
-            escape(", ".join(f"{key} {value}" for key, value in row.setting.items()) or "–"),
-            decimal(row.recall_at_k), decimal(_known(row.recall_at_100)), f"{row.queries_per_second:,.0f}",
-            *(f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in
-              (row.p50_ms, row.p99_ms, row.build_seconds, row.size_mb)),
-            "–" if row.refresh_seconds is None else f"{row.refresh_seconds:.2g}",
-        )  # fmt: skip
-        kind = ' class="best"' if row is best else ""
-        lines.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _known(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _scatter(
-    rows: Sequence[BenchRow], numbers: Mapping[str, int], values: Sequence[float], x_title: str, y_title: str
-) -> str:
-    """Recall to the right, ``values`` upwards; a numbered mark per row, an index's rows joined by a line.
-
-    Both on log scales, recall by its misses: what matters lies between .9 and 1. From .9995 on it is drawn as 1.
-    """
-    height, bottom = 270, 270 - BOTTOM
-    left, right = _misses(min(0.9, min(row.recall_at_k for row in rows))) - 0.1, _misses(1.0)
-    floor, ceiling = math.log10(min(values)) - 0.12, math.log10(max(values)) + 0.2
-
-    def place_x(recall: float) -> float:
-        return LEFT + (_misses(recall) - left) / (right - left) * (WIDTH - LEFT - RIGHT - 12)
-
-    def place_y(value: float) -> float:
-        return bottom - (math.log10(value) - floor) / (ceiling - floor) * (bottom - TOP)
-
-    parts = []
-    for value in _log_ticks(10**floor, 10**ceiling):
-        y = place_y(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 5}" y="{y + 3.5:.1f}">{compact(value)}</text>')
-    for value in (0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0):
-        if _misses(value) > left:
-            parts.append(f'<path class="grid" d="M{place_x(value):.1f} {bottom}v3"/>')
-            parts.append(f'<text class="mid" x="{place_x(value):.1f}" y="{bottom + 15}">{compact(value)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
-    parts.append(f'<text x="{LEFT + 4}" y="{TOP + 8}">{escape(y_title)} over {escape(x_title)}</text>')
-    for factory, number in numbers.items():
-        at = [
-            (place_x(r.recall_at_k), place_y(v), r) for r, v in zip(rows, values, strict=True) if r.factory == factory
-        ]
-        line = "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in at)
-        marks = "".join(
-            f'<circle class="solid" cx="{x:.1f}" cy="{y:.1f}" r="6.5"><title>{escape(row.name)}</title></circle>'
-            f'<text class="num" x="{x:.1f}" y="{y + 3:.1f}">{number}</text>'
-            for x, y, row in at
-        )
-        parts.append(f'<g class="c{_color(number)}"><path class="line" d="M{line}"/>{marks}</g>')
-    return svg(f"{y_title} over {x_title}: {', '.join(numbers)}", height, parts)
-
-
-def _misses(recall: float) -> float:
-    return -math.log10(max(1 - recall, 5e-4))
-
-
-def _log_ticks(low: float, high: float) -> Iterable[float]:
-    steps = (1, 2, 5) if high / low < 300 else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]

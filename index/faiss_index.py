@@ -162,6 +162,20 @@ class VectorIndex:
         return cls(store.ids, factory, store.fingerprint, index, store.dimension, truncate_dim, rescore,
                    store.shards if rescore else [])  # fmt: skip
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The search settings, ``nprobe`` or ``efSearch`` where the index has one."""
+        return _get_parameters(self.faiss_index)
+
+    def set_parameters(self, **parameters: int) -> None:
+        """Change search settings; raises ValueError for one that this index does not have."""
+        _set_parameters(self.faiss_index, parameters)
+
+    @property
+    def lists(self) -> int:
+        """Lists of an inverted file; 0 for other kinds."""
+        return int(getattr(_core(self.faiss_index), "nlist", 0))
+
     def __len__(self) -> int:
         return len(self.slots) - len(self._empty)
 
@@ -294,7 +308,7 @@ class VectorIndex:
                 "rescore": self.rescore,
                 "count": len(self),
                 "ids_hash": ids_hash(self.slots),
-                "parameters": _get_parameters(self.faiss_index),
+                "parameters": self.parameters,
                 "files": {path.name: checksum(path) for path in sorted(beside.iterdir())},
             }
             write_manifest(beside / "manifest.json", manifest)

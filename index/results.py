@@ -73,6 +73,16 @@ def as_result(
     return found_ids, found_scores
 
 
+def overlap(stale: np.ndarray, fresh: np.ndarray) -> float:
+    """overlap@K: the share of the fresh Top-K positions ``[B, K]`` that the stale Top-K holds too.
+
+    A position of -1 is an empty place and counts on neither side; without any fresh position it is 1.
+    """
+    found = fresh >= 0
+    shared = [np.isin(b[b >= 0], a).sum() for a, b in zip(stale, fresh, strict=True)]
+    return float(np.sum(shared) / found.sum()) if found.any() else 1.0
+
+
 def _finite_matrix(vectors: npt.ArrayLike, what: str) -> FloatArray:
     array = np.asarray(vectors)
     if array.ndim != 2:

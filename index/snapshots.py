@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy.typing as npt
 
 from taoemb.files import write_text
-from taoemb.index.refresh import AnyIndex, load_index, overlap
-from taoemb.index.results import SearchResult
+from taoemb.index.refresh import AnyIndex, load_index
+from taoemb.index.results import SearchResult, overlap
 
 
 class SnapshotError(ValueError):

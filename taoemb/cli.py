@@ -216,7 +216,8 @@ def index_bench(
     min_recall: Annotated[float, typer.Option(help="Recall that the recommended index must reach.")] = 0.95,
 ) -> None:
     """Compare indexes on your own vectors: recall, speed, memory, build and update; holds all of them in memory at once."""
-    from taoemb.index.bench import bench, describe, recommend, write_bench
+    from taoemb.index.bench import bench, describe
+    from taoemb.index.bench_report import recommend, write_bench
     from taoemb.store import EmbeddingStore
 
     opened = EmbeddingStore.open(store)

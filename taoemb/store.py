@@ -161,7 +161,7 @@ def decoded(shard: npt.NDArray[Any]) -> FloatArray:
     return shard if shard.dtype == np.float32 else unit_rows(shard.astype(np.float32))
 
 
-def unit_rows(vectors: FloatArray) -> FloatArray:
+def unit_rows(vectors: npt.NDArray[np.floating[Any]]) -> FloatArray:
     """Vectors ``[N, D]`` divided by their length; a zero row stays zero."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):  # infinity becomes NaN, which is refused where vectors are checked

@@ -27,7 +27,7 @@ from taoemb.checkpoint import load_checkpoint, save_checkpoint
 from taoemb.contrastive import Positions, Positives, check_optimiser, check_positive, make_optimizer, set_learning_rate
 from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
-from taoemb.index.refresh import Encode, IndexRefresher, RefreshConfig, RefreshMode, build_index, overlap
+from taoemb.index.refresh import Encode, IndexRefresher, RefreshConfig, RefreshMode, build_index
 from taoemb.policy import POLICY_ETA, candidate_weights, effective_rank, entropy, kl_divergence, log_probs
 from taoemb.rewards import RelevanceReward, RewardConfig, gate, gather
 from taoemb.store import EmbeddingStore, encode_corpus, ids_hash
@@ -103,6 +103,12 @@ class RetrievalGRPOConfig:
     """Share of the catalog that ``rolling`` and ``procrustes`` re-encode."""
     refresh_async: bool = False
     """Refresh in the background while training goes on; a resumed run then need not repeat itself bit for bit."""
+    refresh_probe_steps: int = 0
+    """Steps between looks at the index's staleness, which re-encode the candidates of 64 queries; 0 leaves them out."""
+    refresh_min_overlap: float = 0.9
+    """A look that finds less overlap@K refreshes the index at once."""
+    refresh_min_recall: float = 0.95
+    """Recall@K that an approximate index must reach on probe queries; as many lists or nodes are searched as that takes."""
     index_factory: str = "Flat"
     """FAISS factory string of the training index; ``Flat`` is exact."""
     chunk_size: int = 1024
@@ -139,7 +145,8 @@ class RetrievalGRPOConfig:
     def refresh(self) -> RefreshConfig:
         """The refresher's settings; raises ValueError as `RefreshConfig` does."""
         try:
-            return RefreshConfig(self.refresh_mode, self.refresh_steps, self.refresh_share, self.refresh_async)
+            return RefreshConfig(self.refresh_mode, self.refresh_steps, self.refresh_share, self.refresh_async,
+                                 self.refresh_probe_steps, self.refresh_min_overlap, self.refresh_min_recall)  # fmt: skip
         except ValueError as error:
             raise ValueError(f"refresh_{error}") from None
 
@@ -197,7 +204,6 @@ class RetrievalGRPOTrainer:
         self.positives = self._known_positives()
         self.item_encodings = 0
         self._running_std_R = torch.zeros(len(self.reward_functions))
-        self._overlap: float | None = None  # not measured yet
         self._seconds: dict[str, float] = {}
 
     def _known_positives(self) -> Positives | None:
@@ -222,7 +228,8 @@ class RetrievalGRPOTrainer:
         spent = time.perf_counter() - begin
         self.reference_ND = torch.from_numpy(np.ascontiguousarray(store.vectors)).to(encoder.device)
         self.reference_QD = torch.from_numpy(encoder.encode_query(self.query_texts)).to(encoder.device)
-        self.refresher = IndexRefresher(self._encoder_of_now, self._build_index, store, config.refresh)
+        self.refresher = IndexRefresher(self._encoder_of_now, self._build_index, store, config.refresh, probe=self._probe,
+                                        k=config.num_candidates, progress="console" in self.trackers)  # fmt: skip
         if "console" in self.trackers:
             tqdm.write(self.refresher.forecast(config.steps, spent), file=sys.stderr)
         self.item_encodings = len(store)
@@ -245,17 +252,14 @@ class RetrievalGRPOTrainer:
         return self.item_encodings
 
     def _refresh_if_due(self, step: int) -> None:
-        """Refresh the index when it is time, and measure how stale the old one was: overlap@K of a probe of queries."""
-        stale, encoded = self.refresher.index, self.refresher.encoded
+        encoded = self.refresher.encoded
         with self._timed("refresh"):
-            refreshed = self.refresher.refresh_if_due(step)
-        if refreshed:
-            self.item_encodings += self.refresher.encoded - encoded
-            probe = self.encoder.encode_query([self.query_texts[q] for q in self.train_queries[:PROBE]])
-            K = self.config.num_candidates
-            self._overlap = overlap(
-                stale.search_positions(probe, K)[0], self.refresher.index.search_positions(probe, K)[0]
-            )
+            self.refresher.refresh_if_due(step)
+        self.item_encodings += self.refresher.encoded - encoded
+
+    def _probe(self) -> FloatArray:
+        """Vectors of the training queries on which the index is measured."""
+        return self.encoder.encode_query([self.query_texts[q] for q in self.train_queries[:PROBE]])
 
     @torch.no_grad()
     def retrieve(self, rng: np.random.Generator) -> Group:
@@ -437,9 +441,10 @@ class RetrievalGRPOTrainer:
         counts = np.unique(group.items_BK, return_counts=True)[1]
         spread = counts.std()
         metrics["hubness_skew"] = float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0
-        if self._overlap is not None:
-            metrics["overlap@K"] = self._overlap
-        metrics["index_age"] = self.refresher.age(step)
+        metrics |= {"index_age": self.refresher.age(step), "refreshes": float(self.refresher.refreshes)}
+        measured = {"overlap@K": self.refresher.overlap, "index_drift": self.refresher.drift,
+                    "index_recall": self.refresher.recall}  # fmt: skip
+        metrics |= {name: value for name, value in measured.items() if not np.isnan(value)}
         for function in self.reward_functions:
             if isinstance(function, RelevanceReward):
                 metrics["judge_calls"] = float(function.calls)
@@ -450,7 +455,14 @@ class RetrievalGRPOTrainer:
     def _encoder_of_now(self) -> Encode:
         """Encodes items as the model stands at this moment; in the background, by a copy that training does not change."""
         encoder = self.encoder.copy() if self.config.refresh_async else self.encoder
-        return lambda positions: encoder.encode_document([self.item_texts[i] for i in positions.tolist()])
+        beside = self.config.refresh_async and encoder.device.type == "cuda"
+        stream: Any = torch.cuda.Stream(encoder.device) if beside else None  # type: ignore[no-untyped-call]
+
+        def encode(positions: Positions) -> FloatArray:
+            with torch.cuda.stream(stream):
+                return encoder.encode_document([self.item_texts[i] for i in positions.tolist()])
+
+        return encode
 
     def _build_index(self, store: EmbeddingStore) -> Any:
         return build_index(store, self.config.index_factory, str(self.encoder.device))
@@ -478,7 +490,6 @@ class RetrievalGRPOTrainer:
         return {
             "item_encodings": self.item_encodings,
             "running_std": self._running_std_R.tolist(),
-            "overlap": self._overlap,
         }
 
     def _restore(self, found: Any) -> int:
@@ -486,7 +497,6 @@ class RetrievalGRPOTrainer:
             return 0
         self.item_encodings = found.extra["item_encodings"]
         self._running_std_R = torch.tensor(found.extra["running_std"])
-        self._overlap = found.extra["overlap"]
         self.refresher.restore(found.arrays)
         return int(found.step)
 

@@ -8,8 +8,8 @@ import torch
 
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex, auto_factory
-from taoemb.index.refresh import build_index, load_index, overlap
-from taoemb.index.results import check_vectors
+from taoemb.index.refresh import build_index, load_index
+from taoemb.index.results import check_vectors, overlap
 from taoemb.store import EmbeddingStore
 
 N, D = 500, 16

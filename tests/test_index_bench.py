@@ -5,18 +5,8 @@ import numpy as np
 import pytest
 
 from taoemb.index import bench as bench_module
-from taoemb.index.bench import (
-    BenchRow,
-    Candidate,
-    bench,
-    default_candidates,
-    describe,
-    draw_queries,
-    list_count,
-    recommend,
-    sweep,
-    write_bench,
-)
+from taoemb.index.bench import BenchRow, Candidate, bench, default_candidates, describe, draw_queries, list_count, sweep
+from taoemb.index.bench_report import recommend, write_bench
 from taoemb.store import EmbeddingStore
 
 N, D = 2000, 16
@@ -207,7 +197,7 @@ def test_defaults_with_and_without_libraries(monkeypatch):
 
 @pytest.mark.parametrize("library", ["hnswlib", "usearch"])
 def test_other_libraries_agree(library):
-    pytest.importorskip(bench_module._LIBRARIES[library])
+    pytest.importorskip(bench_module.LIBRARIES[library])
     low, high = bench(store(), QUERIES, candidates=[Candidate(library, "efSearch", (10, 300))], repeats=1)
     assert low.recall_at_k <= high.recall_at_k
     assert high.recall_at_k > 0.98

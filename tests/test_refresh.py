@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from taoemb.index.exact import ExactIndex
-from taoemb.index.refresh import IndexRefresher, RefreshConfig, build_index, overlap, rotation
+from taoemb.index.faiss_index import VectorIndex
+from taoemb.index.refresh import IndexRefresher, RefreshConfig, build_index, rotation
+from taoemb.index.results import overlap
+from taoemb.index.tuning import draw_queries, exact_top
 from taoemb.store import EmbeddingStore
 
 N, D = 400, 12
@@ -286,3 +289,166 @@ def test_forecast(config, line):
     assert line in index.forecast(700, 3.0)
     done = run(index, encoder, 700)
     assert f" {len(done)} times" in index.forecast(700, 3.0) or not done
+
+
+# Staleness, recall ------------------------------------------------------------------------------------------------------
+
+
+def probing(encoder, build=build_index, k=10, **config):
+    return IndexRefresher(encoder, build, EmbeddingStore(IDS, [encoder.at(0)], ""), RefreshConfig(**config),
+                          probe=lambda: encoder.at(encoder.step)[::9], k=k)  # fmt: skip
+
+
+def true_overlap(index, encoder, step, k=10):
+    queries, truth = encoder.at(step)[::9], ExactIndex(IDS, encoder.at(step))
+    return overlap(index.search_positions(queries, k)[0], truth.search_positions(queries, k)[0])
+
+
+@pytest.mark.parametrize("mode", ["full", "rolling"])
+def test_a_stale_index_is_refreshed_before_its_time(mode):
+    encoder = Drifting(noise=0.01)
+    index = probing(encoder, steps=1000, mode=mode, share=1.0, probe_steps=5, min_overlap=0.8)
+    seen = []
+    for step in range(1, 200):
+        encoder.step = step
+        if index.refresh_if_due(step):
+            break
+        if index.probed_at == step:
+            seen.append((step, index.overlap))
+    assert seen
+    assert step == seen[-1][0] + 5
+    for at, found in seen:  # the candidates alone were encoded: what they could not show makes it look a little better
+        assert found >= 0.8
+        assert 0 <= found - true_overlap(ExactIndex(IDS, encoder.at(0)), encoder, at) < 0.1
+    assert true_overlap(ExactIndex(IDS, encoder.at(0)), encoder, step) < 0.8
+    assert true_overlap(index.index, encoder, step) == 1
+    looked = sum(len(asked) for asked in encoder.asked[:-1])
+    assert index.encoded == looked + len(encoder.asked[-1])
+    assert all(len(asked) <= 45 * 40 for asked in encoder.asked[:-1])
+    assert index.overlap == pytest.approx(true_overlap(ExactIndex(IDS, encoder.at(0)), encoder, step))
+
+
+def test_an_index_that_stays_true_is_left_alone():
+    encoder = Drifting(noise=0.0)
+    index = probing(encoder, steps=0, probe_steps=5)
+    assert run(index, encoder, 40) == []
+    assert (index.overlap, index.refreshes, len(encoder.asked)) == (1.0, 0, 7)
+
+
+def test_what_a_look_encodes_is_touched():
+    encoder = Drifting(noise=0.01)
+    index = probing(encoder, mode="touched", steps=10, probe_steps=4)
+    run(index, encoder, 11)
+    assert index.encoded == sum(map(len, encoder.asked))
+    looked = encoder.asked[-1]
+    np.testing.assert_array_equal(vectors_of(index)[looked], encoder.at(8)[looked])
+
+
+def test_drift_is_what_touched_vectors_moved():
+    encoder = Drifting(noise=0.02)
+    index = refresher(encoder, steps=10)
+    touched = np.arange(20)
+    index.touch(touched, encoder.at(7)[touched])
+    wanted = 1 - (encoder.at(0)[:20].astype(np.float64) * encoder.at(7)[:20]).sum(1).mean()
+    assert index.drift == pytest.approx(wanted, abs=1e-6)
+    index.touch(touched[:0], np.zeros((0, D), np.float32))
+    assert index.drift == pytest.approx(wanted, abs=1e-6)
+
+
+def ivf(store):
+    return build_index(store, "IVF16,Flat")
+
+
+@pytest.mark.parametrize("min_recall", [0.5, 0.9, 1.0])
+def test_as_many_lists_are_searched_as_the_recall_takes(min_recall):
+    encoder = Drifting()
+    index = probing(encoder, ivf, steps=3, min_recall=min_recall)
+    for step in (0, 3):
+        encoder.step = step
+        assert index.refresh_if_due(step) == (step > 0)
+        probes = index.index.parameters["nprobe"]
+        assert index.recall == pytest.approx(true_overlap(index.index, encoder, step))
+        assert index.recall >= min_recall
+        if probes > 1:
+            index.index.set_parameters(nprobe=probes // 2)
+            assert true_overlap(index.index, encoder, step) < min_recall
+            index.index.set_parameters(nprobe=probes)
+
+
+def test_an_index_that_finds_too_little_is_refused():
+    def poor(store):
+        return VectorIndex.build(store, "PQ2x2")
+
+    encoder = Drifting()
+    with pytest.raises(
+        ValueError, match=r"finds .*% of the exact Top-10, less than min_recall=0.95; use another factory"
+    ):
+        probing(encoder, poor)
+    assert probing(encoder, poor, min_recall=0.0).refresh_if_due(100)
+    good = [True]
+    index = probing(encoder, lambda store: build_index(store) if good[0] else poor(store), steps=5)
+    good[0], before = False, index.index
+    encoder.step = 5
+    with pytest.warns(UserWarning, match="step 5: the refreshed index finds .* the one before stays in use"):
+        assert not index.refresh_if_due(5)
+    assert index.index is before
+    assert (index.refreshes, index.encoded, index.age(5)) == (0, N, 5)
+
+
+def test_a_restored_refresher_searches_as_deeply():
+    encoder = Drifting(noise=0.01)
+    index = probing(encoder, ivf, steps=5, min_recall=0.99)
+    run(index, encoder, 12)
+    state = {name: array.copy() for name, array in index.state().items()}
+    encoder.step = 300  # by now the same recall takes another number of lists
+    again = probing(encoder, ivf, steps=5, min_recall=0.99)
+    again.restore(state)
+    assert again.index.parameters == index.index.parameters
+    for name, array in index.state().items():
+        np.testing.assert_array_equal(array, again.state()[name], err_msg=name)
+
+
+def test_in_the_background_a_late_refresh_is_waited_for():
+    gate, encoder = threading.Event(), Drifting()
+
+    def slow():
+        vectors = encoder.at(encoder.step)
+        return lambda positions: vectors[positions] if gate.wait(20) else None
+
+    index = IndexRefresher(slow, build_index, EmbeddingStore(IDS, [encoder.at(0)], ""),
+                           RefreshConfig(steps=5, asynchronous=True))  # fmt: skip
+    for step in (5, 6, 9):
+        encoder.step = step
+        assert not index.refresh_if_due(step)
+    threading.Timer(0.2, gate.set).start()
+    assert index.refresh_if_due(10)  # the next one is due: no training with an index older than that
+    np.testing.assert_array_equal(vectors_of(index), encoder.at(5))
+    index.close()
+
+
+def test_exact_top_block_by_block(monkeypatch):
+    monkeypatch.setattr("taoemb.store._BLOCK_ROWS", 30)
+    rng = np.random.default_rng(0)
+    vectors, queries = unit(rng.normal(size=(N, D))), unit(rng.normal(size=(7, D)))
+    store = EmbeddingStore(IDS, np.array_split(vectors, 3), "")
+    for k in (1, 10, N + 5):
+        wanted = np.argsort(-(queries @ vectors.T), axis=1)[:, :k]
+        np.testing.assert_array_equal(exact_top(store, queries, k), wanted)
+
+
+def test_drawn_queries_lie_near_the_store():
+    vectors = unit(np.random.default_rng(0).normal(size=(N, 64)))
+    store = EmbeddingStore(IDS, np.array_split(vectors, 3), "")
+    drawn = draw_queries(store, 200, seed=3)
+    assert drawn.shape == (200, 64)
+    assert (drawn @ vectors.T).max(1).mean() == pytest.approx(1 / np.sqrt(1 + 0.5**2), abs=0.01)
+    np.testing.assert_array_equal(drawn, draw_queries(store, 200, seed=3))
+    assert not np.array_equal(drawn, draw_queries(store, 200, seed=4))
+
+
+@pytest.mark.parametrize(("setting", "message"), [({"probe_steps": -1}, "probe_steps=-1: give 0"),
+                                                  ({"min_overlap": 1.1}, "min_overlap=1.1: give 0 to 1"),
+                                                  ({"min_recall": -0.1}, "min_recall=-0.1: give 0 to 1")])  # fmt: skip
+def test_measures_are_checked(setting, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RefreshConfig(), **setting)
