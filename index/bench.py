@@ -421,7 +421,7 @@ def _timed(engine: _Engine, queries_QD: FloatArray, k: int, batch: int) -> tuple
         engine.search(block, k)
     seconds = time.perf_counter() - start
     singles = []
-    with _one_thread():
+    with one_thread():
         engine.search(queries_QD[:1], k)
         for query in range(min(_SINGLE, len(queries_QD))):
             start = time.perf_counter()
@@ -432,7 +432,7 @@ def _timed(engine: _Engine, queries_QD: FloatArray, k: int, batch: int) -> tuple
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread in torch and FAISS: on busy cores a single query waits up to 100 times as long for its other threads as it
     takes, and a server gives each of many queries one thread."""
     torch_threads = torch.get_num_threads()

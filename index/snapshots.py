@@ -145,9 +145,22 @@ class LiveIndex:
         return self._held[0]
 
     @property
+    def index(self) -> AnyIndex:
+        """The index of the generation in use; it stays as it is, also when a newer one takes its place here."""
+        return self._held[1]
+
+    @property
     def fingerprint(self) -> str:
         """Of the encoder that made the generation in use."""
-        return self._held[1].fingerprint
+        return self.index.fingerprint
+
+    @property
+    def dimension(self) -> int:
+        """Number of dimensions ``D``."""
+        return self.index.dimension
+
+    def __len__(self) -> int:
+        return len(self.index)
 
     def reload(self) -> bool:
         """Open the current generation where it is another than the one in use; returns whether it was."""
@@ -158,4 +171,4 @@ class LiveIndex:
 
     def search(self, vectors: npt.ArrayLike, k: int) -> SearchResult:
         """As the index's own ``search``."""
-        return self._held[1].search(vectors, k)
+        return self.index.search(vectors, k)

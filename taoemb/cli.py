@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import Annotated, Any, Optional, cast
 
 import typer
 
 from taoemb import __version__
-
-F = TypeVar("F", bound=Callable[..., None])
+from taoemb.cli_index import index_app
+from taoemb.cli_shared import Out, Seed, told_apart
 
 app = typer.Typer(
     help="Train a search encoder against a judge instead of against hard negatives.",
@@ -23,38 +21,15 @@ app = typer.Typer(
     add_completion=False,
 )
 data_app = typer.Typer(help="Make data: the generated shop, or training queries from a catalog.", no_args_is_help=True)
-index_app = typer.Typer(help="Build and describe a search index.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 
-Seed = Annotated[int, typer.Option(help="Of every random choice; the same seed gives the same bytes.")]
-Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time, also on Python 3.10
     typer.Argument(
         help="Settings as KEY=VALUE, for example stage2.steps=200; `taoemb train --help-config` lists them."
     ),
 ]
-
-
-def _told_apart(command: F) -> F:
-    """Mistakes of the caller end with one line and exit status 2, Ctrl-C with 130; anything else is a bug and shows its
-    traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError) as error:
-            text = error.args[0] if isinstance(error, KeyError) else error
-            typer.echo(f"error: {text}", err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt:
-            resumes = command.__name__ in ("demo", "train", "encode")
-            typer.echo("interrupted" + ": the same command goes on from where it was" * resumes, err=True)
-            raise typer.Exit(130) from None
-
-    return run  # type: ignore[return-value]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,7 +43,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-@_told_apart
+@told_apart
 def demo(
     out: Out = Path("runs/demo"),
     items: Annotated[int, typer.Option(help="Items of the generated shop.")] = 20_000,
@@ -87,7 +62,7 @@ def demo(
 
 
 @data_app.command("shop")
-@_told_apart
+@told_apart
 def data_shop(
     out: Out,
     items: Annotated[int, typer.Option(help="Number of items.")] = 20_000,
@@ -112,7 +87,7 @@ def _write_shop(out: Path, items: int, seed: int) -> None:
 
 
 @data_app.command("queries")
-@_told_apart
+@told_apart
 def data_queries(
     catalog: Annotated[Path, typer.Argument(help="Catalog folder.")],
     out: Out,
@@ -151,112 +126,34 @@ def data_queries(
 
 
 @app.command()
-@_told_apart
+@told_apart
 def encode(
     model: Annotated[str, typer.Argument(help="Model folder or hub id, or RUN/model.")],
     data: Annotated[Path, typer.Option(help="Catalog folder.")],
     out: Out,
+    dtype: Annotated[str, typer.Option(help="Numbers that are stored: float32, float16 or int8.")] = "float32",
+    update: Annotated[
+        bool, typer.Option("--update", help="Bring an older store up to date: encode what changed.")
+    ] = False,
+    device: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Torch device; repeated, a process on each encodes its share."),
+    ] = None,
 ) -> None:
     """Encode a catalog's items into an embedding store; a second call goes on after a kill."""
     from taoemb.catalog import Items
     from taoemb.encoder import Encoder
     from taoemb.store import encode_corpus
 
-    store = encode_corpus(Encoder(model), Items.load(data), out, progress=True)
+    several = device if device and len(device) > 1 else None
+    encoder = Encoder(model, device=device[0] if device and not several else None)
+    store = encode_corpus(encoder, Items.load(data), out, dtype=cast(Any, dtype), update=update, devices=several,
+                          progress=True)  # fmt: skip
     typer.echo(f"{out}: {len(store):,} embeddings of {store.dimension} dimensions", err=True)
 
 
-@index_app.command("build")
-@_told_apart
-def index_build(
-    store: Annotated[Path, typer.Argument(help="Embedding store, as `taoemb encode` writes it.")],
-    out: Out,
-    factory: Annotated[str, typer.Option(help="FAISS factory string; Flat is exact, auto chooses.")] = "auto",
-    memory: Annotated[float, typer.Option(help="GiB that auto may fill.")] = 4.0,
-) -> None:
-    """Build an index over an embedding store."""
-    from taoemb.index.faiss_index import auto_factory
-    from taoemb.index.refresh import build_index
-    from taoemb.store import EmbeddingStore
-
-    start = time.perf_counter()
-    opened = EmbeddingStore.open(store)
-    if factory == "auto":
-        factory, why = auto_factory(len(opened), opened.dimension, memory)
-        typer.echo(why, err=True)
-    index = build_index(opened, factory)
-    index.save(out)
-    typer.echo(f"{out}: {factory} over {len(index):,} vectors ({time.perf_counter() - start:.1f} s)", err=True)
-
-
-@index_app.command("info")
-@_told_apart
-def index_info(index: Annotated[Path, typer.Argument(help="Index folder.")]) -> None:
-    """Describe a saved index after verifying its files."""
-    from taoemb.index.refresh import load_index
-
-    loaded = load_index(index)
-    typer.echo(
-        f"factory: {getattr(loaded, 'factory', 'Flat')}\nitems: {len(loaded):,}\nfingerprint: {loaded.fingerprint}"
-    )
-
-
-@index_app.command("bench")
-@_told_apart
-def index_bench(
-    store: Annotated[Path, typer.Argument(help="Embedding store, as `taoemb encode` writes it.")],
-    out: Out,
-    factory: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="FAISS factory string, exact, hnswlib or usearch; may be repeated. Without it: the usual ones."
-        ),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="Items per query.")] = 10,
-    min_recall: Annotated[float, typer.Option(help="Recall that the recommended index must reach.")] = 0.95,
-) -> None:
-    """Compare indexes on your own vectors: recall, speed, memory, build and update; holds all of them in memory at once."""
-    from taoemb.index.bench import bench, describe
-    from taoemb.index.bench_report import recommend, write_bench
-    from taoemb.store import EmbeddingStore
-
-    opened = EmbeddingStore.open(store)
-    rows = bench(opened, candidates=factory, k=k, progress=lambda text: typer.echo(text, err=True))
-    meta = describe(opened, candidates=factory, k=k) | {"store": str(store), "version": __version__}
-    page = write_bench(rows, meta, out, min_recall)
-    for row in rows:
-        typer.echo(f"{row.name:28s} recall@{row.k} {row.recall_at_k:.3f}  {row.queries_per_second:9,.0f} queries/s  "
-                   f"p50 {row.p50_ms:.3f} ms  p99 {row.p99_ms:.3f} ms  {row.size_mb:,.1f} MB")  # fmt: skip
-    typer.echo(recommend(rows, min_recall)[1])
-    typer.echo(f"look at {page}", err=True)
-
-
-@index_app.command("verify")
-@_told_apart
-def index_verify(
-    folder: Annotated[Path, typer.Argument(help="Index, embedding store, or folder of snapshots.")],
-) -> None:
-    """Check every file against its checksum; exit status 1, naming the file, when one is damaged."""
-    from taoemb.index.refresh import load_index
-    from taoemb.index.snapshots import Snapshots
-
-    if (folder / "CURRENT").exists() or Snapshots(folder).generations():
-        snapshots = Snapshots(folder)
-        problems, what = snapshots.verify(), f"generations {snapshots.generations()}"
-    else:
-        try:
-            problems, what = [], f"{len(load_index(folder)):,} items"
-        except ValueError as error:
-            problems, what = [str(error)], ""
-    for problem in problems:
-        typer.echo(problem, err=True)
-    if problems:
-        raise typer.Exit(1)
-    typer.echo(f"{folder} is whole: {what}")
-
-
 @app.command()
-@_told_apart
+@told_apart
 def search(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     query: Annotated[str, typer.Argument(help="What a shopper would type.")],
@@ -286,7 +183,7 @@ def search(
 
 
 @app.command()
-@_told_apart
+@told_apart
 def train(
     out: Annotated[Optional[Path], typer.Option(help="Run folder; the same one goes on after a kill.")] = None,  # noqa: UP045
     data: Annotated[Optional[Path], typer.Option(help="Catalog folder; short for data=FOLDER.")] = None,  # noqa: UP045
@@ -325,7 +222,7 @@ def _train(config: Any, out: Path) -> None:
 
 
 @app.command()
-@_told_apart
+@told_apart
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or hub ids; RUN/model for a trained run.")],
     data: Annotated[Path, typer.Option(help="Catalog folder with queries and qrels.")],

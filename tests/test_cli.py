@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
 import taoemb
-from taoemb.catalog import Catalog, ItemTemplate, QuerySet
+from taoemb.catalog import Catalog, Items, ItemTemplate, QuerySet
 from taoemb.cli import app
 from taoemb.encoder import Encoder
 from taoemb.index.refresh import load_index
@@ -167,9 +168,11 @@ def test_encode_and_index(factory, small_shop_folder, small_shop, static_model, 
     assert taoemb_cli(*encode).exit_code == 0
     assert files(tmp_path / "emb") == before
     built = taoemb_cli("index", "build", tmp_path / "emb", "--out", tmp_path / "index", "--factory", factory)
-    assert f"{factory} over 600 vectors" in built.output
+    assert "over 600 vectors" in built.output
+    assert "recall@10" in built.output or factory == "Flat"
     info = taoemb_cli("index", "info", tmp_path / "index").stdout
-    assert info == f"factory: {factory}\nitems: 600\nfingerprint: {encoder.fingerprint}\n"
+    assert info.startswith(f"factory: {factory}")
+    assert f"items: 600\ndimensions: 16\nfingerprint: {encoder.fingerprint}\n" in info
 
 
 def test_encode_and_index_mistakes(small_shop_folder, static_model, tiny_bert, tmp_path):
@@ -343,10 +346,10 @@ def test_data_shop_does_not_replace_somebodys_catalog(tmp_path):
 
 def test_index_verify(tmp_path, run):
     folder = run[0] / "index"
-    assert "is whole: 600 items" in taoemb_cli("index", "verify", folder).stdout
+    assert "is whole" in taoemb_cli("index", "verify", folder).stdout
     snapshots = Snapshots(tmp_path / "served")
     snapshots.publish(load_index(folder))
-    assert "is whole: generations [1]" in taoemb_cli("index", "verify", tmp_path / "served").stdout
+    assert "is whole" in taoemb_cli("index", "verify", tmp_path / "served").stdout
     file = tmp_path / "served" / "gen-000001" / "ids.parquet"
     file.write_bytes(file.read_bytes()[:-1])
     for one in (tmp_path / "served", file.parent):
@@ -401,3 +404,70 @@ def test_evaluate_takes_run_files_as_channels(small_shop, small_shop_folder, sta
     assert "bad.trec, line 1: the score 'high' is no finite number" in refused(*evaluate, tmp_path / "bad.trec")
     twice = ("--channel", tmp_path / "all.trec", "--channel", tmp_path / "all.trec")
     assert "two channels are called 'all'" in refused(*evaluate[:-1], *twice)
+
+
+# Refresh, search, serve-check --------------------------------------------------------------------------------------------
+
+
+def edited(small_shop, folder, titles):
+    """A catalog folder whose items with these positions have other titles."""
+    table = small_shop.items.table
+    column = table.column("title").to_pylist()
+    for position, title in titles.items():
+        column[position] = title
+    items = Items(table.set_column(table.column_names.index("title"), "title", pa.array(column)))
+    Catalog(items).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--factory", "HNSW8"], ["--factory", "SQ8", "--rescore", "4"],
+                                     ["--factory", "Flat", "--truncate-dim", "12", "--rescore", "8"]])  # fmt: skip
+def test_a_refresh_follows_the_catalog(options, small_shop, small_shop_folder, static_model, tmp_path):
+    folder, model = tmp_path / "served", ("--model", static_model)
+    first = taoemb_cli("index", "refresh", folder, *model, "--data", small_shop_folder, *options)
+    assert first.exit_code == 0, first.output
+    assert "generation 1, " in first.output
+    text = ItemTemplate().texts(small_shop.items)[7]
+    assert taoemb_cli("index", "search", folder, text, *model, "-k", 1).stdout.split()[2] == small_shop.items.ids[7]
+    other = edited(small_shop, tmp_path / "other", {7: "something else"})
+    assert "generation 2, " in taoemb_cli("index", "refresh", folder, *model, "--data", other, *options).output
+    text = ItemTemplate().texts(Items.load(other))[7]
+    assert taoemb_cli("index", "search", folder, text, *model, "-k", 1).stdout.split()[2] == small_shop.items.ids[7]
+    info = taoemb_cli("index", "info", folder).stdout
+    assert "generation: 2" in info
+    assert "items: 600" in info
+    assert taoemb_cli("index", "verify", folder).exit_code == 0
+    checked = taoemb_cli("index", "serve-check", folder, *model, "--seconds", 0.2, "--threads", 2)
+    assert checked.exit_code == 0, checked.output
+    assert [line.split(":")[0] for line in checked.stdout.splitlines()] == ["ok    files", "ok    fingerprint", "ok    recall",
+                                                                           "ok    load"]  # fmt: skip
+
+
+def test_an_index_that_finds_too_little_is_not_published(small_shop_folder, static_model, tmp_path):
+    arguments = ["index", "refresh", tmp_path / "served", "--model", static_model, "--data", small_shop_folder]
+    assert taoemb_cli(*arguments).exit_code == 0
+    message = refused(*arguments, "--factory", "PQ2x2")
+    assert "less than --min-recall 0.95; take another --factory" in message
+    assert "generation: 1" in taoemb_cli("index", "info", tmp_path / "served").stdout
+    assert taoemb_cli(*arguments, "--factory", "PQ2x2", "--min-recall", 0).exit_code == 0
+    assert "min_recall=2" in refused(*arguments, "--min-recall", 2)
+
+
+def test_index_search_mistakes(run, small_shop_folder, static_model, tmp_path):
+    folder = run[0] / "index"
+    assert "the query is empty" in refused("index", "search", folder, " ", "--model", run[0] / "model")
+    assert "the index was built with encoder" in refused("index", "search", folder, "mug", "--model", static_model)
+    assert "is no saved index" in refused("index", "search", tmp_path, "mug", "--model", static_model)
+
+
+def test_encode_takes_types_and_updates(small_shop, small_shop_folder, static_model, tmp_path):
+    out = ("--out", tmp_path / "emb")
+    assert taoemb_cli("encode", static_model, "--data", small_shop_folder, *out, "--dtype", "int8").exit_code == 0
+    assert EmbeddingStore.open(tmp_path / "emb").dtype == "int8"
+    other = edited(small_shop, tmp_path / "other", {7: "something else"})
+    assert "--update" in refused("encode", static_model, "--data", other, *out, "--dtype", "int8")
+    done = taoemb_cli("encode", static_model, "--data", other, *out, "--dtype", "int8", "--update", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "dtype='half': give one of float32" in refused(
+        "encode", static_model, "--data", other, *out, "--dtype", "half"
+    )

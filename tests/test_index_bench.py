@@ -145,7 +145,7 @@ def test_threads_are_given_back():
     import torch
 
     before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    with bench_module._one_thread():
+    with bench_module.one_thread():
         assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (1, 1)
     assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == before
 
