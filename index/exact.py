@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors, known_ids
+from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_unique, check_vectors, known_ids
 from taoemb.store import EmbeddingStore
 from taoemb.types import FloatArray
 
@@ -73,8 +73,19 @@ class ExactIndex:
 
     @classmethod
     def build(cls, store: EmbeddingStore, device: str = "cpu", dtype: ExactType = "float32") -> ExactIndex:
-        """An index over an embedding store."""
-        return cls(store.ids, store.vectors, store.fingerprint, device, dtype)
+        """An index over an embedding store; beside it a block of the store is in memory at a time."""
+        if device == "cpu" and dtype == store.dtype == "float32" and len(store.shards) <= 1:
+            return cls(store.ids, store.vectors, store.fingerprint)
+        index = cls([], np.zeros((0, store.dimension)), store.fingerprint, device, dtype)
+        check_unique(store.ids)
+        vectors = torch.empty(len(store), store.dimension, dtype=getattr(torch, dtype), device=device)
+        start = 0
+        for block in store.blocks():
+            stop = start + len(block)
+            vectors[start:stop] = _tensor(check_vectors(block, store.ids[start:stop]))
+            start = stop
+        index._hold(store.ids, vectors)
+        return index
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from taoemb.files import checksum, read_manifest, replace_folder, write_manifest
-from taoemb.index.results import SearchResult, as_queries, as_result, check_k, check_vectors, known_ids
+from taoemb.index.results import (
+    SearchResult,
+    as_queries,
+    as_result,
+    check_k,
+    check_unique,
+    check_vectors,
+    known_ids,
+    overlap,
+)
 from taoemb.store import EmbeddingStore, decoded, encoded, gather, ids_hash, unit_rows
 from taoemb.tables import write_table
 from taoemb.types import FloatArray
@@ -143,8 +153,7 @@ class VectorIndex:
             raise ValueError(f"factory={factory!r} is no FAISS factory string for {dimension} dimensions "
                              f"(examples: Flat, HNSW32, IVF1024,Flat): {str(error).rpartition(': ')[2]}") from None  # fmt: skip
         _set_parameters(index, {**_defaults(index), **parameters})
-        if len(set(store.ids)) != len(store.ids):  # also across shards, which are checked one by one below
-            raise ValueError("ids must be unique; update an item instead of adding it twice")
+        check_unique(store.ids)  # also across blocks, which are checked one by one below
         if not index.is_trained:
             _train(index, store, factory, seed, dimension)
         threads = faiss.omp_get_max_threads()
@@ -288,13 +297,48 @@ class VectorIndex:
             return "ivf"
         raise ValueError(f"an index of factory {self.factory!r} cannot be changed; build it again")
 
+    def to_gpu(self, device: int = 0, *, temp_memory_mib: int = 256, float16: bool = False) -> VectorIndex:
+        """The index on a GPU, for searching; this one stays as it is. Flat, IVF and PQ indexes have a GPU form.
+
+        Args:
+            device: number of the GPU.
+            temp_memory_mib: MiB that FAISS reserves there for its intermediate results, beside the index itself.
+            float16: hold vectors and tables in half precision.
+
+        Raises ImportError where FAISS is built without GPUs, ValueError where the GPU or the kind of index is not there, and
+        RuntimeError where what the GPU finds is not what the CPU finds.
+        """
+        faiss = import_faiss()
+        if not hasattr(faiss, "StandardGpuResources"):
+            raise ImportError('this faiss is built without GPUs: pip uninstall faiss-cpu, then pip install "taoemb[gpu]"; '
+                              "ExactIndex searches on a GPU with torch alone")  # fmt: skip
+        if not 0 <= device < faiss.get_num_gpus():
+            raise ValueError(f"device={device}: faiss sees {faiss.get_num_gpus()} GPUs")
+        resources, options = faiss.StandardGpuResources(), faiss.GpuClonerOptions()
+        resources.setTempMemory(temp_memory_mib << 20)
+        options.useFloat16 = float16
+        try:
+            moved = faiss.index_cpu_to_gpu(resources, device, self.faiss_index, options)
+        except RuntimeError as error:
+            raise ValueError(f"an index of factory {self.factory!r} has no GPU form: {error}") from None
+        moved.resources = resources  # FAISS keeps a pointer, Python must keep the object
+        index = dataclasses.replace(self, slots=list(self.slots), faiss_index=moved)
+        index._row = self._row
+        probe = unit_rows(np.random.default_rng(0).standard_normal((64, self.dimension)))
+        if len(self) and overlap(*(one.search_positions(probe, 10)[0] for one in (index, self))) < 0.9:
+            raise RuntimeError(f"faiss {faiss.__version__} finds other items on this GPU than on the CPU; use ExactIndex, or "
+                               "a faiss that is built for this GPU")  # fmt: skip
+        return index
+
     def save(self, folder: str | Path) -> None:
         """Write ``index.faiss``, ``ids.parquet`` and ``manifest.json``; the folder appears complete or not at all."""
         import pyarrow as pa
 
         faiss = import_faiss()
         with replace_folder(Path(folder), "manifest.json", _KIND) as beside:
-            faiss.write_index(self.faiss_index, str(beside / "index.faiss"))
+            on_gpu = isinstance(self.faiss_index, getattr(faiss, "GpuIndex", ()))
+            index = faiss.index_gpu_to_cpu(self.faiss_index) if on_gpu else self.faiss_index
+            faiss.write_index(index, str(beside / "index.faiss"))
             write_table(pa.table({"id": pa.array(self.slots, pa.string())}), beside / "ids.parquet")
             if self.rescore:
                 self._write_vectors(beside / "vectors.npy")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from taoemb.index.results import SearchResult, as_queries, check_k, check_vectors, known_ids
+from taoemb.index.results import SearchResult, as_queries, check_k, check_unique, check_vectors, known_ids
 from taoemb.store import EmbeddingStore, ids_hash
 from taoemb.types import FloatArray
 
@@ -104,8 +104,7 @@ class MilvusIndex:
         if not store.dimension:
             raise ValueError("the store has no vectors; Milvus needs their dimension")
         _check_ids(store.ids)
-        if len(set(store.ids)) != len(store.ids):  # an upsert would silently keep one of them
-            raise ValueError("ids must be unique; update an item instead of adding it twice")
+        check_unique(store.ids)  # an upsert would silently keep one of them
         index = cls._connect(uri, name, token)
         try:
             previous, collection = index._current(), index._next_collection()

@@ -198,6 +198,11 @@ class IndexRefresher:
         self.overlap = overlap(proposed[:, : self._k], positions[best])
         return self.overlap < self.config.min_overlap
 
+    @property
+    def refreshing(self) -> bool:
+        """Whether a refresh runs in the background at this moment."""
+        return self._running is not None and not self._running.done()
+
     def close(self) -> None:
         """Wait for a refresh in the background and throw it away."""
         if self._worker is not None:

@@ -21,9 +21,14 @@ def check_vectors(vectors: npt.ArrayLike, ids: Sequence[str], dimension: int | N
         raise ValueError(f"item vectors have {array.shape[1]} dimensions, the index has {dimension}")
     if len(array) != len(ids):
         raise ValueError(f"{len(ids)} ids for {len(array)} vectors; there must be one id per vector")
+    check_unique(ids)
+    return array
+
+
+def check_unique(ids: Sequence[str]) -> None:
+    """Raises ValueError where an id comes twice."""
     if len(set(ids)) != len(ids):
         raise ValueError("ids must be unique; update an item instead of adding it twice")
-    return array
 
 
 def as_queries(vectors: npt.ArrayLike, dimension: int) -> FloatArray:

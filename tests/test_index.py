@@ -333,3 +333,30 @@ def test_the_exact_index_searches_the_memory_map_where_it_lies(tmp_path):
     store(shards=1).save(tmp_path / "s")
     opened = EmbeddingStore.open(tmp_path / "s")
     assert np.shares_memory(ExactIndex.build(opened).vectors, opened.shards[0])
+
+
+def gpus():
+    return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+
+
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this faiss is built for GPUs")
+def test_a_faiss_without_gpus_says_which_to_install():
+    with pytest.raises(ImportError, match=r'this faiss is built without GPUs: .*"taoemb\[gpu\]"'):
+        VectorIndex.build(store(), "Flat").to_gpu()
+
+
+@pytest.mark.skipif(not gpus(), reason="needs faiss for GPUs, and one")
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,SQ8", "IVF4,PQ4x8"])
+def test_a_gpu_finds_what_the_cpu_finds(factory, tmp_path):
+    index = VectorIndex.build(store(), factory, rescore=3, **({"nprobe": 4} if "IVF" in factory else {}))
+    moved = index.to_gpu(temp_memory_mib=64)
+    assert overlap(moved.search_positions(QUERIES, 10)[0], index.search_positions(QUERIES, 10)[0]) > 0.95
+    moved.save(tmp_path / "i")
+    assert overlap(VectorIndex.load(tmp_path / "i").search_positions(QUERIES, 10)[0],
+                   index.search_positions(QUERIES, 10)[0]) == 1  # fmt: skip
+    with pytest.raises(ValueError, match="cannot be changed"):
+        moved.update(["new"], VECTORS[:1])
+    with pytest.raises(ValueError, match="faiss sees"):
+        index.to_gpu(gpus())
+    with pytest.raises(ValueError, match="has no GPU form"):
+        VectorIndex.build(store(), "HNSW8").to_gpu()
