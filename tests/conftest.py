@@ -17,6 +17,10 @@ import re
 from collections import Counter
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # a busy one is slow, which is no failure
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

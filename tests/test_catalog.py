@@ -393,7 +393,7 @@ item = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(items=st.lists(item, min_size=1, max_size=4, unique_by=lambda i: i.id))
 def test_any_items_survive_parquet_and_jsonl(items, tmp_path_factory):
     rows = [{**{name: getattr(i, name) for name in Item.__slots__}, "attributes": dict(i.attributes)} for i in items]

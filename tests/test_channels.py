@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taoemb.catalog import Query
@@ -422,7 +422,6 @@ def test_a_run_file_is_ordered_by_score_then_by_item_id_downwards(tmp_path: Path
     assert RunChannel.load(gz, ASKED, ITEMS, name="mine").name == "mine"
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["q1", "q2", "q3"]),
@@ -513,7 +512,6 @@ WORD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=" \t\
 ITEM = WORD.filter(lambda item: item != "-")
 
 
-@settings(deadline=None)
 @given(st.dictionaries(WORD, st.lists(ITEM, unique=True, max_size=6), min_size=1, max_size=5), st.integers(1, 7))
 def test_a_written_run_is_read_back(tops: dict[str, list[str]], n: int) -> None:
     queries = [Query(query_id, f"text of {query_id}") for query_id in tops]

@@ -321,7 +321,7 @@ operations = st.one_of(
 
 
 @pytest.mark.parametrize("name", QUICK)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(operations, max_size=12))
 def test_any_sequence_of_changes_is_a_rebuild(name, sequence):
     backend = BACKENDS[name]
