@@ -12,7 +12,7 @@ import typer
 
 from taoemb import __version__
 from taoemb.cli_index import index_app
-from taoemb.cli_shared import Out, Seed, told_apart
+from taoemb.cli_shared import Backend, Out, Seed, told_apart
 
 app = typer.Typer(
     help="Train a search encoder against a judge instead of against hard negatives.",
@@ -139,6 +139,7 @@ def encode(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Torch device; repeated, a process on each encodes its share."),
     ] = None,
+    backend: Backend = "torch",
 ) -> None:
     """Encode a catalog's items into an embedding store; a second call goes on after a kill."""
     from taoemb.catalog import Items
@@ -146,7 +147,7 @@ def encode(
     from taoemb.store import encode_corpus
 
     several = device if device and len(device) > 1 else None
-    encoder = Encoder(model, device=device[0] if device and not several else None)
+    encoder = Encoder(model, device=device[0] if device and not several else None, backend=cast(Any, backend))
     store = encode_corpus(encoder, Items.load(data), out, dtype=cast(Any, dtype), update=update, devices=several,
                           progress=True)  # fmt: skip
     typer.echo(f"{out}: {len(store):,} embeddings of {store.dimension} dimensions", err=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
 from taoemb import __version__
-from taoemb.cli_shared import Out, told_apart
+from taoemb.cli_shared import Backend, Out, told_apart
 
 if TYPE_CHECKING:
     from taoemb.index.refresh import AnyIndex
@@ -62,6 +62,7 @@ def index_refresh(
     min_recall: MinRecall = 0.95,
     truncate_dim: TruncateDim = None,
     rescore: Rescore = 0,
+    backend: Backend = "torch",
 ) -> None:
     """Bring the index of a catalog up to date: encode what changed, build, check the recall, publish; readers go on meanwhile.
 
@@ -73,7 +74,8 @@ def index_refresh(
     from taoemb.store import encode_corpus
 
     start = time.perf_counter()
-    store = encode_corpus(Encoder(model), Items.load(data), folder / "embeddings", update=True, progress=True)
+    encoder = Encoder(model, backend=cast(Any, backend))
+    store = encode_corpus(encoder, Items.load(data), folder / "embeddings", update=True, progress=True)
     index, what = _built(store, factory, memory, min_recall, truncate_dim, rescore)
     number = Snapshots(folder).publish(index)
     typer.echo(f"{folder}: generation {number}, {what} ({time.perf_counter() - start:.1f} s)", err=True)
@@ -112,6 +114,7 @@ def index_search(
     query: Annotated[str, typer.Argument(help="What a shopper would type.")],
     model: Model,
     k: Annotated[int, typer.Option("-k", help="Number of items.")] = 10,
+    backend: Backend = "torch",
 ) -> None:
     """Print rank, score and id of the items that an index finds for a query."""
     from taoemb.encoder import Encoder
@@ -120,7 +123,7 @@ def index_search(
 
     if not query.strip():
         raise ValueError("the query is empty; give what a shopper would type")
-    index, encoder = open_index(folder), Encoder(model)
+    index, encoder = open_index(folder), Encoder(model, backend=cast(Any, backend))
     check_fingerprint(index, encoder.fingerprint)
     ids, scores = index.search(encoder.encode_query([query]), k)
     for rank, (item_id, score) in enumerate(zip(ids[0], scores[0], strict=True), start=1):

@@ -12,6 +12,12 @@ import typer
 F = TypeVar("F", bound=Callable[..., None])
 Seed = Annotated[int, typer.Option(help="Of every random choice; the same seed gives the same bytes.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="What computes embeddings: torch, or on a CPU onnx, onnx-int8, openvino, openvino-bf16, openvino-int8."
+    ),
+]
 RESUMES = ("demo", "train", "encode", "index_refresh")
 
 

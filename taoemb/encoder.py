@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding, Transformer
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from taoemb.backends import EXACT, Backend, Run, load_backend
 from taoemb.catalog import Item, ItemTemplate
 from taoemb.config import from_dict
 from taoemb.files import replace_folder
@@ -30,6 +31,8 @@ from taoemb.types import FloatArray
 Kind: TypeAlias = Literal["query", "document"]
 TEMPLATE_FILE = "taoemb.json"
 _TOKEN_CACHE_TEXTS = 500_000
+_TOKENISED_TEXTS = 1024  # of similar length, tokenised together
+_CPU_BATCH_TOKENS = 1024  # a thread: what a layer writes stays in the cache of its core
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -41,8 +44,13 @@ class Encoder:
             does not end in ``Normalize`` gets one appended, so that the inner product is the cosine everywhere.
         template: how an item becomes text; by default the one saved with the model, else ``ItemTemplate()``.
         device: torch device; by default what sentence-transformers picks.
-        batch_size: texts per forward pass of `encode_query` and `encode_document`; by default 64, and 2,048 for
-            static embeddings (our choice).
+        batch_size: texts per forward pass of `encode_query` and `encode_document`, at most; by default 64, and 2,048
+            for static embeddings (our choice). Transformers on a CPU get fewer long texts: 1,024 tokens a thread.
+        backend: what encodes. ``torch`` also trains; the others run transformers on the CPU, faster and without
+            gradient: ``onnx``, ``openvino`` give torch's vectors, ``openvino-bf16``, ``onnx-int8`` and
+            ``openvino-int8`` nearly so, and their `fingerprint` is another. They export the model when it is loaded,
+            so later changes of its weights change nothing, and use as many threads as torch.
+        cache: folder in which the exports of the backends are kept, for the next start; by default nowhere.
 
     >>> Encoder("no-such-folder/model")
     Traceback (most recent call last):
@@ -57,7 +65,11 @@ class Encoder:
         template: ItemTemplate | None = None,
         device: str | None = None,
         batch_size: int | None = None,
+        backend: Backend = "torch",
+        cache: str | Path | None = None,
     ) -> None:
+        if backend != "torch" and device is None and not isinstance(model, SentenceTransformer):
+            device = "cpu"
         saved = None
         if not isinstance(model, SentenceTransformer):
             saved = _saved_template(Path(model))
@@ -79,6 +91,15 @@ class Encoder:
             "query": model.prompts.get("query") or None,
             "document": next(documents, None),
         }
+        # Flattened features (flash attention) have no padding that could be saved.
+        self._padded = isinstance(model[0], Transformer) and "attention_mask" in model.preprocess(["a"])
+        self.backend: Backend = backend
+        self._run: Run | None = None
+        self._exported: hashlib._Hash | None = None  # of the weights in `_run`
+        if backend != "torch":
+            self._exported = self._weights_digest()
+            identity = f"{self._exported.hexdigest()} {list(self._module_settings())}"
+            self._run = load_backend(self.model, backend, Path(cache) if cache else None, identity)
 
     @property
     def dimension(self) -> int:
@@ -126,14 +147,43 @@ class Encoder:
                     self.forward(part, kind).cpu().numpy() for part in tqdm(parts, disable=None if progress else True)
                 ]
             return np.concatenate(done)
+        if self._padded:
+            return self._encode_padded(texts, kind, progress)
         prompt = self.prompts[kind] or ""  # an explicit empty prompt keeps the model's default prompt out
         encode = self.model.encode_query if kind == "query" else self.model.encode_document
         vectors = encode(list(texts), prompt=prompt, batch_size=self.batch_size, show_progress_bar=progress)
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
+    def _encode_padded(self, texts: Sequence[str], kind: Kind, progress: bool) -> FloatArray:
+        """Encode in batches of texts with nearly the same number of tokens: padding costs as much as text."""
+        run = self._run or (lambda features: self._run_torch(features, kind))
+        tokens = _CPU_BATCH_TOKENS * torch.get_num_threads() if self.device.type == "cpu" else None
+        by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # first by letters, which cost nothing
+        vectors: FloatArray | None = None
+        with tqdm(total=len(texts), unit="text", disable=None if progress else True) as bar:
+            for start in range(0, len(texts), _TOKENISED_TEXTS):
+                rows = np.asarray(by_length[start : start + _TOKENISED_TEXTS])
+                features = self.model.preprocess([texts[row] for row in rows], prompt=self.prompts[kind], task=kind)
+                for part, batch in _token_batches(features, self.batch_size, tokens):
+                    found = run(batch)
+                    if vectors is None:
+                        vectors = np.empty((len(texts), found.shape[1]), dtype=np.float32)
+                    vectors[rows[part]] = found
+                    bar.update(len(part))
+        assert vectors is not None  # there is a text
+        return vectors
+
+    @torch.inference_mode()
+    def _run_torch(self, features: dict[str, Any], kind: Kind) -> FloatArray:
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in features.items()}
+        vectors: FloatArray = self.model(moved, task=kind)["sentence_embedding"].cpu().numpy()
+        return vectors
+
     def forward(self, texts: Sequence[str], kind: Kind) -> Tensor:
         """Embed texts with gradient: ``[N, D]`` on the model's device; the same vectors as `encode_query` and
-        `encode_document` give."""
+        `encode_document` give. Raises ValueError with another backend than torch."""
+        if self.backend != "torch":
+            raise ValueError(f"backend {self.backend!r} only encodes; forward and training need backend='torch'")
         _check_list(texts)
         if not len(texts):
             return torch.zeros(0, self.dimension, device=self.device)
@@ -164,6 +214,12 @@ class Encoder:
             "offsets": torch.from_numpy(offsets),
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._run is not None:  # it holds a session of its runtime
+            raise TypeError(f"an encoder with backend {self.backend!r} cannot go to another process; one process with as "
+                            "many threads does the same")  # fmt: skip
+        return self.__dict__
+
     def forget_tokens(self) -> None:
         """Drop the token ids that are kept of the texts encoded last (static models keep them: training encodes a text
         many times)."""
@@ -171,18 +227,28 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides an embedding: weights, modules and their settings, prompts and item template."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        """Hash of all that decides an embedding: weights, modules and their settings, prompts and item template.
+
+        The backends ``onnx`` and ``openvino`` share torch's, whose vectors they give up to float32 rounding; those of
+        lower precision have their own.
+        """
+        digest = self._exported.copy() if self._exported else self._weights_digest()
         settings = {
             "modules": list(self._module_settings()),
             "prompts": self.prompts,
             "template": dataclasses.asdict(self.template),
         }
+        if self.backend not in EXACT:
+            settings["backend"] = self.backend
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:32]
+
+    def _weights_digest(self) -> hashlib._Hash:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest
 
     def _module_settings(self) -> Iterator[list[object]]:
         module: Any
@@ -198,8 +264,37 @@ class Encoder:
             (beside / TEMPLATE_FILE).write_text(template + "\n", encoding="utf-8")
 
     def copy(self) -> Encoder:
-        """An independent encoder with the same weights."""
-        return Encoder(copy.deepcopy(self.model), template=self.template, batch_size=self.batch_size)
+        """An independent encoder with the same weights; what another backend exported is shared, as nothing changes it."""
+        other = Encoder(copy.deepcopy(self.model), template=self.template, batch_size=self.batch_size)
+        other.backend, other._run, other._exported = self.backend, self._run, self._exported
+        return other
+
+
+def _token_batches(
+    features: dict[str, Any], most_texts: int, most_tokens: int | None
+) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Any]]]:
+    """Cut padded features (tensors ``[N, T]``) into batches: rows, and their features without needless padding.
+
+    The rows go from many tokens to few; a batch holds ``most_tokens`` at most, padding counted, but at least one row.
+    """
+    mask = features["attention_mask"]
+    lengths = mask.sum(dim=1).numpy()
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        width = max(int(lengths[order[start]]), 1)
+        count = most_texts if most_tokens is None else max(min(most_texts, most_tokens // width), 1)
+        rows = order[start : start + count]
+        used = mask[rows].any(dim=0).nonzero()  # a run of columns, at the left or, with left padding, at the right
+        columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+        yield (
+            rows,
+            {
+                name: value[rows, columns].contiguous() if isinstance(value, Tensor) else value
+                for name, value in features.items()
+            },
+        )
+        start += count
 
 
 def _check_list(texts: Sequence[object]) -> None:

@@ -55,3 +55,25 @@ def effective_rank(vectors_BD: Tensor) -> float:
     values = torch.linalg.svdvals(vectors_BD.detach().float())
     share = values / values.sum().clamp_min(1e-12)
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+
+
+def gumbel_top_k(logits_BK: Tensor, lists: int, length: int, generator: torch.Generator | None = None) -> Tensor:
+    """``lists`` Top-``length`` lists of each group drawn from the Plackett-Luce policy, best first, ``[B, N, T]`` places: adding
+    Gumbel noise and sorting draws without replacement (Kool et al., 2019)."""
+    shape = (logits_BK.shape[0], lists, logits_BK.shape[1])
+    uniform = torch.rand(shape, generator=generator, device=logits_BK.device, dtype=logits_BK.dtype).clamp(
+        1e-12, 1 - 1e-7
+    )
+    return (logits_BK.detach()[:, None] - (-uniform.log()).log()).topk(length, dim=-1).indices
+
+
+def plackett_luce_log_probs(logits_BK: Tensor, orders_BNT: Tensor) -> Tensor:
+    """``sum_x log (e^{z_{y_x}} / sum_{not listed before x} e^z)`` of each list, ``[B, N]``."""
+    B, N, T = orders_BNT.shape
+    chosen = logits_BK.gather(1, orders_BNT.reshape(B, N * T)).view(B, N, T)
+    listed = torch.zeros(B, N, logits_BK.shape[-1], dtype=torch.bool, device=logits_BK.device).scatter(
+        2, orders_BNT, True
+    )
+    rest = torch.where(listed, -torch.inf, logits_BK[:, None]).logsumexp(-1, keepdim=True)
+    left = torch.cat([rest, chosen.flip(-1)], -1).logcumsumexp(-1)[..., 1:].flip(-1)
+    return (chosen - left).sum(-1)

@@ -1,5 +1,6 @@
 """Loss terms: the algebra of the objective (T1, T2, T3, T6, T9), and InfoNCE against loops and sentence-transformers."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,8 +11,18 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from taoemb.advantages import group_advantages
-from taoemb.losses import anchor, clipped_surrogate, distillation, info_nce
-from taoemb.policy import POLICY_ETA, candidate_weights, log_probs
+from taoemb.losses import (
+    anchor,
+    clipped_surrogate,
+    distillation,
+    dpo_pairs,
+    hard_negative_nce,
+    info_nce,
+    lambda_loss,
+    pl_rank,
+    pl_rloo,
+)  # fmt: skip
+from taoemb.policy import POLICY_ETA, candidate_weights, gumbel_top_k, log_probs, plackett_luce_log_probs
 
 TAU = 0.05
 
@@ -310,3 +321,105 @@ def test_anchor():
     vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     assert anchor(vectors, vectors).item() == pytest.approx(0)
     assert anchor(vectors, torch.tensor([[0.0, 1.0], [0.6, 0.8]])).item() == pytest.approx(0.5)
+
+
+# --- lists and rivals ---------------------------------------------------------------------------------------------------
+
+DISCOUNTS = 1 / torch.log2(torch.arange(3, dtype=torch.float64) + 2)
+
+
+def enumerated():
+    """Five candidates, all lists of three, their probabilities, and the gradient of the expected discounted reward."""
+    logits_BK = seeded(2, 5).requires_grad_()
+    rewards_BK = seeded(2, 5, seed=1)
+    lists_BNT = torch.tensor(list(itertools.permutations(range(5), 3))).expand(2, -1, -1)
+    logp_BN = plackett_luce_log_probs(logits_BK, lists_BNT)
+    values_BN = (rewards_BK.gather(1, lists_BNT.reshape(2, -1)).view(2, -1, 3) * DISCOUNTS).sum(-1)
+    (expected,) = gradient((logp_BN.exp() * values_BN).sum(), logits_BK)
+    return logits_BK, rewards_BK, lists_BNT, logp_BN, values_BN, expected
+
+
+def test_T5_pl_rank_has_the_gradient_of_the_expected_list_reward():
+    logits_BK, rewards_BK, lists_BNT, logp_BN, _, expected = enumerated()
+    got = torch.zeros_like(expected)
+    for n, lst in enumerate(lists_BNT[0]):  # each list by its probability: the mean over all draws
+        one = pl_rank(logits_BK, rewards_BK, lst.expand(2, 1, 3), DISCOUNTS)
+        got += logp_BN[:, n].exp().detach()[:, None] * gradient(one.sum(), logits_BK)[0]
+    assert torch.allclose(got, expected, atol=1e-9)
+    assert expected.abs().max() > 0.05
+
+
+def test_pl_rank_is_the_mean_over_its_lists_and_nearer_than_reinforce():
+    logits_BK, rewards_BK, lists_BNT, _, _, _ = enumerated()
+    (together,) = gradient(pl_rank(logits_BK, rewards_BK, lists_BNT[:, :7], DISCOUNTS).sum(), logits_BK)
+    apart = [
+        gradient(pl_rank(logits_BK, rewards_BK, lists_BNT[:, i : i + 1], DISCOUNTS).sum(), logits_BK)[0]
+        for i in range(7)
+    ]
+    assert torch.allclose(together, torch.stack(apart).mean(0), atol=1e-12)
+    logits_BK, rewards_BK = seeded(2, 12).requires_grad_(), seeded(2, 12, seed=1).sigmoid()
+    found = {"pl_rank": [], "rloo": []}
+    for seed in range(60):
+        drawn = gumbel_top_k(logits_BK, 8, 3, torch.Generator().manual_seed(seed))
+        values_BN = (rewards_BK.gather(1, drawn.reshape(2, -1)).view(2, -1, 3) * DISCOUNTS).sum(-1)
+        for name, surrogate in (("pl_rank", pl_rank(logits_BK, rewards_BK, drawn, DISCOUNTS)),
+                                ("rloo", pl_rloo(plackett_luce_log_probs(logits_BK, drawn), values_BN))):  # fmt: skip
+            found[name].append(gradient(surrogate.sum(), logits_BK)[0])
+    mean = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
+    spread = {name: float(torch.stack(gradients).var(0).mean()) for name, gradients in found.items()}
+    assert (mean["pl_rank"] - mean["rloo"]).abs().max() < 5 * (sum(spread.values()) / 60) ** 0.5  # neither is biased
+    assert spread["pl_rank"] < 0.7 * spread["rloo"]
+
+
+def test_rloo_over_all_lists_by_hand():
+    log_lists = torch.tensor([[-1.0, -2.0, -3.0]], dtype=torch.float64)
+    rewards = torch.tensor([[1.0, 0.0, 5.0]], dtype=torch.float64)
+    advantages = [1 - 2.5, 0 - 3.0, 5 - 0.5]
+    expected = sum(a * logp for a, logp in zip(advantages, [-1, -2, -3], strict=True)) / 3
+    assert pl_rloo(log_lists, rewards).item() == pytest.approx(expected)
+
+
+def test_lambda_loss_by_loops():
+    logits_BK, rewards_BK = seeded(3, 6).mul(2).requires_grad_(), torch.rand(3, 6, dtype=torch.float64)
+    rewards_BK[0, 2], rewards_BK[1, 3:] = math.nan, math.nan
+    expected = []
+    for z, r in zip(logits_BK.tolist(), rewards_BK.tolist(), strict=True):
+        known = [i for i in range(6) if not math.isnan(r[i])]
+        order = sorted(known, key=lambda i: -z[i])
+        discount = {i: 1 / math.log2(order.index(i) + 2) for i in known}
+        gain = {i: r[i] - min(r[j] for j in known) for i in known}
+        ideal = sum(g / math.log2(n + 2) for n, g in enumerate(sorted(gain.values(), reverse=True)))
+        expected.append(sum(abs(gain[i] - gain[j]) * abs(discount[i] - discount[j]) * math.log1p(math.exp(z[j] - z[i]))
+                            for i in known for j in known if gain[i] > gain[j]) / ideal)  # fmt: skip
+    got = lambda_loss(logits_BK, rewards_BK)
+    assert got.tolist() == pytest.approx(expected, rel=1e-6)
+    assert torch.isfinite(gradient(got.sum(), logits_BK)[0]).all()
+    assert lambda_loss(logits_BK, torch.full((3, 6), 0.7)).tolist() == [0, 0, 0]
+    assert lambda_loss(logits_BK, torch.full((3, 6), math.nan)).tolist() == [0, 0, 0]
+
+
+def test_hard_negatives_by_loops():
+    logits_BK = seeded(4, 5).requires_grad_()
+    good_BK = torch.tensor([[1, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    bad_BK = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    expected = []
+    for z, good, bad in zip(logits_BK.tolist(), good_BK.tolist(), bad_BK.tolist(), strict=True):
+        against = sum(math.exp(z[j]) for j in range(5) if bad[j])
+        costs = [-math.log(math.exp(z[i]) / (math.exp(z[i]) + against)) for i in range(5) if good[i]] if against else []
+        expected.append(sum(costs) / len(costs) if costs else 0.0)
+    got = hard_negative_nce(logits_BK, good_BK, bad_BK)
+    assert got.tolist() == pytest.approx(expected, rel=1e-9)
+    assert torch.isfinite(gradient(got.sum(), logits_BK)[0]).all()
+
+
+def test_dpo_pairs_by_loops():
+    scores_BK = seeded(2, 4).requires_grad_()
+    reference_BK = log_probs(seeded(2, 4, seed=3), 1.0)
+    rewards_BK = torch.tensor([[0.0, 1.0, 0.5, math.nan], [0.3, 0.3, 0.3, 0.3]])
+    logp_BK = log_probs(scores_BK, 1.0)
+    moved = (logp_BK - reference_BK).tolist()[0]
+    pairs = [(1, 0), (1, 2), (2, 0)]
+    expected = sum(-math.log(1 / (1 + math.exp(-0.1 * (moved[i] - moved[j])))) for i, j in pairs) / 3
+    got = dpo_pairs(logp_BK, reference_BK, rewards_BK, 0.1)
+    assert got.tolist() == pytest.approx([expected, 0.0], rel=1e-6)
+    assert torch.isfinite(gradient(got.sum(), scores_BK)[0]).all()

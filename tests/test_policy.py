@@ -1,5 +1,6 @@
 """Retrieval as a policy: probabilities, entropy, KL and the weights that tell the policies apart."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taoemb.policy import POLICY_ETA, candidate_weights, effective_rank, entropy, kl_divergence, log_probs
+from taoemb.policy import (
+    POLICY_ETA,
+    candidate_weights,
+    effective_rank,
+    entropy,
+    gumbel_top_k,
+    kl_divergence,
+    log_probs,
+    plackett_luce_log_probs,
+)  # fmt: skip
 
 cosines = st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=6)
 
@@ -81,3 +91,39 @@ def test_effective_rank():
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(expected, rel=1e-5)
     assert effective_rank(torch.zeros(3, 3)) == pytest.approx(1)
+
+
+# --- Plackett-Luce ------------------------------------------------------------------------------------------------------
+
+
+def every_list(K, T):
+    return torch.tensor(list(itertools.permutations(range(K), T)))
+
+
+@pytest.mark.parametrize("T", [1, 3, 5])
+def test_T4_the_probabilities_of_all_lists_sum_to_1(T):
+    logits_BK = (
+        torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).requires_grad_()
+    )
+    lists_BNT = every_list(5, T).expand(2, -1, -1)
+    logp_BN = plackett_luce_log_probs(logits_BK, lists_BNT)
+    assert torch.allclose(logp_BN.exp().sum(1), torch.ones(2, dtype=torch.float64))
+    powers = logits_BK[0].detach().exp().tolist()
+    for lst, logp in zip(lists_BNT[0].tolist(), logp_BN[0].tolist(), strict=True):
+        left, expected = sum(powers), 1.0
+        for item in lst:
+            expected *= powers[item] / left
+            left -= powers[item]
+        assert math.exp(logp) == pytest.approx(expected, rel=1e-6)
+    (gradient,) = torch.autograd.grad(logp_BN.exp().sum(), logits_BK)
+    assert gradient.abs().max() < 1e-9  # of the constant 1; no NaN where nothing is left over
+
+
+def test_T4_gumbel_top_k_draws_lists_with_their_probability():
+    logits_BK = torch.tensor([[1.0, 0.0, -0.5, 0.3, 2.0]], dtype=torch.float64)
+    drawn = gumbel_top_k(logits_BK, 40_000, 2, torch.Generator().manual_seed(0))
+    lists = every_list(5, 2)
+    expected = plackett_luce_log_probs(logits_BK, lists[None]).exp()[0]
+    shares = (drawn[0][:, None] == lists[None]).all(-1).double().mean(0)
+    assert float(shares.sum()) == pytest.approx(1)
+    assert torch.allclose(shares, expected, atol=4 * (0.25 / 40_000) ** 0.5)
