@@ -22,8 +22,7 @@ from taoemb.index.bench import one_thread
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex, import_faiss
 from taoemb.index.refresh import AnyIndex
-from taoemb.index.results import overlap
-from taoemb.index.tuning import exact_top, tune
+from taoemb.index.tuning import Truth, tune
 from taoemb.store import EmbeddingStore
 
 RECALL = 0.95
@@ -42,7 +41,7 @@ def main() -> None:
     store = EmbeddingStore.open(arguments.store, verify=False)
     texts = [query.text for query in Catalog.load(arguments.data).queries][-arguments.queries :]
     queries = Encoder(arguments.model).encode_query(texts)
-    wanted = exact_top(store, queries, 10)
+    truth = Truth(store, queries, 10)
     lists, short = 1 << round(np.log2(4 * np.sqrt(len(store)))), store.dimension // 4
     kinds: dict[str, AnyIndex] = {}
     for dtype in ("float32", "float16"):
@@ -55,7 +54,7 @@ def main() -> None:
         start = time.perf_counter()
         name = ", ".join([factory, *(f"{key}={value}" for key, value in options.items())])
         kinds[name] = VectorIndex.build(store, factory, **options)
-        tune(kinds[name], queries, wanted, RECALL)
+        tune(kinds[name], truth, 10, RECALL)
         print(name, kinds[name].parameters, f"{time.perf_counter() - start:.0f} s", flush=True)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     with one_thread():
@@ -68,7 +67,7 @@ def main() -> None:
     for name, index in kinds.items():
         rate, single = np.median(times[name], axis=0)
         size = megabytes(index, store)
-        rows.append({"index": name, "search": getattr(index, "parameters", {}), "recall@10": overlap(index.search_positions(queries, 10)[0], wanted),
+        rows.append({"index": name, "search": getattr(index, "parameters", {}), "recall@10": truth.recall(index.search_positions(queries, 10)[0], 10),
                      "queries/s": rate, "one query ms": single, "MB": size})  # fmt: skip
     write_json(arguments.out / "compress.json", {"vectors": len(store), "dimension": store.dimension, "turns": arguments.turns,
                                                  "queries": len(queries), "rows": rows})  # fmt: skip

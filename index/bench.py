@@ -19,7 +19,7 @@ import torch
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex, import_faiss
 from taoemb.index.results import as_queries, check_k, check_vectors
-from taoemb.index.tuning import NOISE, draw_queries
+from taoemb.index.tuning import NOISE, Truth, draw_queries
 from taoemb.store import EmbeddingStore, unit_rows
 from taoemb.types import FloatArray
 
@@ -28,7 +28,6 @@ Progress: TypeAlias = Callable[[str], None]
 
 _QUERIES, _SINGLE = 1000, 200
 """Queries that are drawn where none are given, and those of them that are also timed one by one; our choice."""
-_TIE = 1e-6
 _TRAIN_ROWS, _LIST_ROWS = 262_144, 39
 """What `VectorIndex` trains on at most, and the vectors per list under which FAISS warns."""
 _PROBES, _BEAMS = (1, 4, 16, 64, 256), (16, 32, 64, 128, 256)
@@ -340,7 +339,8 @@ def bench(
     plan = [sweep(c) if isinstance(c, str) else c for c in candidates]
     if not plan:
         raise ValueError("no candidates; give at least one")
-    truth = _Truth(store, queries_QD, sorted({k, *([100] if len(store) >= 100 else [])}))
+    depths = sorted({k, *([100] if len(store) >= 100 else [])})
+    truth = Truth(store, queries_QD, max(depths))
     engines: list[_Engine] = []
     build_seconds: list[float] = []
     for candidate in plan:
@@ -355,7 +355,7 @@ def bench(
     recalls = []
     for at, setting in places:
         engines[at].set(setting)
-        recalls.append({depth: truth.recall(engines[at].positions(queries_QD, depth), depth) for depth in truth.depths})
+        recalls.append({depth: truth.recall(engines[at].positions(queries_QD, depth), depth) for depth in depths})
     times = np.empty((repeats, len(places), 3))
     for repeat in range(repeats):
         say(f"search, repeat {repeat + 1} of {repeats}")
@@ -388,27 +388,6 @@ def _checked(
     if not len(array):
         raise ValueError("there are no queries; give at least one, or none at all to draw them from the store")
     return array
-
-
-class _Truth:
-    """Exact scores of the queries' best items, in float64."""
-
-    def __init__(self, store: EmbeddingStore, queries_QD: FloatArray, depths: Sequence[int]) -> None:
-        self.depths, self._queries, self._vectors = depths, queries_QD, store.vectors
-        best, _ = ExactIndex.build(store).search_positions(queries_QD, max(depths))
-        scores = np.array([self._scores(q, found) for q, found in enumerate(best)])
-        self._worst = {depth: np.sort(scores, axis=1)[:, -depth] for depth in depths}
-
-    def _scores(self, query: int, positions: Positions) -> npt.NDArray[np.float64]:
-        return np.asarray(self._vectors[positions].astype(np.float64) @ self._queries[query].astype(np.float64))
-
-    def recall(self, positions: Positions, depth: int) -> float:
-        """Mean share of ``depth`` different items that score no less than the exact ``depth``-th best."""
-        right = 0
-        for query, found in enumerate(positions):
-            places = np.unique(found[found >= 0])  # an item that is named twice counts once
-            right += int((self._scores(query, places) >= self._worst[depth][query] - _TIE).sum())
-        return right / (depth * len(positions))
 
 
 def _timed(engine: _Engine, queries_QD: FloatArray, k: int, batch: int) -> tuple[float, float, float]:

@@ -15,16 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from taoemb.files import recover_folder, replace_folder
 from taoemb.index.results import check_fingerprint
-
-if TYPE_CHECKING:
-    pass
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
@@ -59,8 +56,8 @@ class SearchIndex(Protocol):
 class RankedChannel(ABC):
     """What every channel here shares: ranks and membership, over Top-n lists that are remembered by query text.
 
-    A channel is frozen: what it has found for a query stays, also where the source behind it changes afterwards; only a
-    longer Top-n is asked for again. About 16 million items are remembered, the oldest queries make room.
+    What a channel has found for a query stays while it is remembered, also where the source behind it changes; only a longer
+    Top-n is asked for again. About 16 million items are remembered, the oldest queries make room: to freeze more, `write_run`.
     """
 
     def __init__(self, name: str, ids: Sequence[str] = ()) -> None:
@@ -374,7 +371,7 @@ class IndexChannel(RankedChannel):
             not the encoder in training.
         name: name of the channel.
         fingerprint: the encoder's, such as ``Encoder.fingerprint``; with it an index that says it was built with another
-            encoder is refused. A `LiveIndex` does not say.
+            encoder is refused.
 
     Raises:
         ValueError: the fingerprints differ, here or, where the index has been exchanged since, when it is searched.

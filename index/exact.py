@@ -25,7 +25,7 @@ _FEW = 16
 """Queries up to which FAISS's scan is faster on a CPU than a matrix product, which reads the memory at a third of its rate
 then (benchmarks/speed.py)."""
 _SPARE = 32
-"""Candidates beyond ``k`` that a GPU's half-precision scores hand on to float32."""
+"""Candidates beyond ``2 k`` that a GPU's half-precision scores hand on to float32."""
 ExactType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -49,7 +49,8 @@ class ExactIndex:
         fingerprint: of the encoder that made the vectors.
         device: torch device.
         dtype: numbers in which the vectors are held. ``float16`` and ``bfloat16`` halve the memory, and on a GPU the time
-            of a scan; scores are float32 inner products with the vectors so rounded.
+            of a scan; scores are float32 inner products with the vectors so rounded. On a GPU the product is rounded too and
+            proposes twice as many as are asked for; with ``bfloat16`` and a large ``k`` that misses a few.
 
     Equal scores are listed in catalog order. Raises ValueError for unfit ids or vectors.
     """
@@ -113,7 +114,12 @@ class ExactIndex:
         queries = as_queries(vectors, self.dimension)
         k = min(check_k(k), len(self))
         block = _BLOCK_BYTES if self.device == "cpu" else 8 * _BLOCK_BYTES
-        rows = max(1, block // (4 * max(1, len(self))))
+        width = (
+            len(self)
+            if self.dtype == "float32" or self.device == "cpu"
+            else max(len(self), self.dimension * (2 * k + _SPARE))
+        )
+        rows = max(1, block // (4 * max(1, width)))
         found = [self._topk(queries[start : start + rows], k) for start in range(0, len(queries), rows)]
         if not found:
             return np.zeros((0, k), np.int64), np.zeros((0, k), np.float32)
@@ -145,7 +151,7 @@ class ExactIndex:
     def _best_of_half(self, queries_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """A product in half precision rounds the scores too, so that it proposes and float32 decides."""
         rough_BN = queries_BD.to(self._vectors.dtype) @ self._vectors.T
-        places = torch.topk(rough_BN, min(len(self), k + _SPARE), dim=1).indices
+        places = torch.topk(rough_BN, min(len(self), 2 * k + _SPARE), dim=1).indices
         scores = torch.einsum("bd,bcd->bc", queries_BD, self._vectors[places].float())
         best = torch.topk(scores, k, dim=1)
         return best.values, places.gather(1, best.indices)

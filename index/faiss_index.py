@@ -99,12 +99,15 @@ class VectorIndex:
     """The store's vectors, where they re-score."""
 
     def __post_init__(self) -> None:
-        self._row = np.arange(len(self.slots) if self.rescore else 0)  # of each slot in the shards
+        self._row = np.arange(len(self.slots) if self.rescore else 0)  # of each slot in `_rows`
+        self._given = sum(len(shard) for shard in self.shards)
+        self._added = np.empty((0, self.dimension), self.shards[0].dtype if self.shards else np.float32)
         self._hold(self.slots)
 
     def _hold(self, slots: list[str]) -> None:
         self.slots, self._ids = slots, np.asarray(slots, dtype=object)
         self._empty = np.flatnonzero(self._ids == "").astype(np.int64)
+        self._selector: Any = None
 
     def _shortened(self, vectors: FloatArray) -> FloatArray:
         """What FAISS is given of vectors ``[n, D]``."""
@@ -214,7 +217,7 @@ class VectorIndex:
         step = max(1, _RESCORE_BYTES // (4 * self.dimension * positions.shape[1]))
         for start in range(0, len(queries), step):
             places, query_BD = positions[start : start + step], queries[start : start + step]
-            vectors = decoded(gather(self.shards, self._row[np.maximum(places, 0).ravel()])).reshape(*places.shape, -1)
+            vectors = decoded(gather(self._rows, self._row[np.maximum(places, 0).ravel()])).reshape(*places.shape, -1)
             scores[start : start + step] = np.einsum("bkd,bd->bk", vectors, query_BD)
         scores[positions < 0] = -np.inf
         order = np.lexsort((positions, -scores), axis=1)[:, :k]
@@ -225,10 +228,11 @@ class VectorIndex:
         if not len(self._empty) or not hasattr(self.faiss_index, "hnsw"):
             return None
         faiss = import_faiss()
-        batch = faiss.IDSelectorBatch(self._empty)
-        left = faiss.IDSelectorNot(batch)
-        left.batch = batch  # FAISS keeps a pointer, Python must keep the object
-        return faiss.SearchParametersHNSW(efSearch=self.faiss_index.hnsw.efSearch, sel=left)
+        if self._selector is None:
+            batch = faiss.IDSelectorBatch(self._empty)
+            self._selector = faiss.IDSelectorNot(batch)
+            self._selector.batch = batch  # FAISS keeps a pointer, Python must keep the object
+        return faiss.SearchParametersHNSW(efSearch=self.faiss_index.hnsw.efSearch, sel=self._selector)
 
     def update(self, ids: Sequence[str], vectors: npt.ArrayLike) -> None:
         """Give these items the vectors ``[n, D]``; ids that are new are added.
@@ -244,7 +248,7 @@ class VectorIndex:
         slot = {item_id: i for i, item_id in enumerate(self.slots) if item_id}
         known = np.array([item_id in slot for item_id in ids], dtype=bool)
         places = np.array([slot[item_id] for item_id in ids if item_id in slot], dtype=np.int64)
-        given = self._shortened(array)
+        given, slots = self._shortened(array), list(self.slots)  # the list may be the store's own
         if kind == "flat" and len(places):
             _flat_codes(self.faiss_index)[places] = self.faiss_index.sa_encode(given[known])
         elif kind == "ivf" and len(places):
@@ -252,25 +256,35 @@ class VectorIndex:
             self.faiss_index.add_with_ids(given[known], places)
         elif kind == "graph":
             for place in places.tolist():
-                self.slots[place] = ""
+                slots[place] = ""
             places, known = places[:0], np.zeros_like(known)
         fresh = [item_id for item_id, old in zip(ids, known, strict=True) if not old]
         if kind == "ivf":
-            self.faiss_index.add_with_ids(given[~known], np.arange(len(self.slots), len(self.slots) + len(fresh)))
+            self.faiss_index.add_with_ids(given[~known], np.arange(len(slots), len(slots) + len(fresh)))
         else:
             self.faiss_index.add(given[~known])
         if self.rescore:
             self._remember(places, array, known)
-        self._hold([*self.slots, *fresh])
+        self._hold([*slots, *fresh])
 
     def _remember(self, places: npt.NDArray[np.int64], array: FloatArray, known: npt.NDArray[np.bool_]) -> None:
         """Put new vectors behind those that re-score, which may be a memory map: known items at ``places``, then new ones."""
-        count = sum(len(shard) for shard in self.shards)
-        rows = np.arange(count, count + len(array))
+        dtype = self.shards[0].dtype.name if self.shards else "float32"
+        new = encoded(array, dtype)
+        there = np.flatnonzero(known)[self._row[places] >= self._given]  # changed before: its row is free again
+        self._added[self._row[places][self._row[places] >= self._given] - self._given] = new[there]
+        behind = np.setdiff1d(np.arange(len(new)), there)
+        rows = np.empty(len(new), np.int64)
+        rows[there] = self._row[places][self._row[places] >= self._given]
+        rows[behind] = self._given + len(self._added) + np.arange(len(behind))
         self._row[places] = rows[known]
         self._row = np.concatenate([self._row, rows[~known]])
-        dtype = self.shards[0].dtype.name if self.shards else "float32"
-        self.shards = [*self.shards, encoded(array, dtype)]
+        self._added = np.concatenate([self._added, new[behind]])
+
+    @property
+    def _rows(self) -> list[npt.NDArray[Any]]:
+        """Where `_row` points: the store's vectors, and those that came or changed since."""
+        return [*self.shards, self._added]
 
     def remove(self, ids: Sequence[str]) -> None:
         """Take items out. Raises KeyError naming an id that is not there, ValueError where this kind cannot be changed."""
@@ -323,7 +337,7 @@ class VectorIndex:
             raise ValueError(f"an index of factory {self.factory!r} has no GPU form: {error}") from None
         moved.resources = resources  # FAISS keeps a pointer, Python must keep the object
         index = dataclasses.replace(self, slots=list(self.slots), faiss_index=moved)
-        index._row = self._row
+        index._row, index._added = self._row, self._added
         probe = unit_rows(np.random.default_rng(0).standard_normal((64, self.dimension)))
         if len(self) and overlap(*(one.search_positions(probe, 10)[0] for one in (index, self))) < 0.9:
             raise RuntimeError(f"faiss {faiss.__version__} finds other items on this GPU than on the CPU; use ExactIndex, or "
@@ -374,10 +388,10 @@ class VectorIndex:
         index = faiss.read_index(str(folder / "index.faiss"))
         _set_parameters(index, manifest["parameters"])
         ids = pq.read_table(folder / "ids.parquet").column("id").to_pylist()
-        rescore = manifest["rescore"]
+        rescore = manifest.get("rescore", 0)
         shards = [np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)] if rescore else []
         return cls(ids, manifest["factory"], manifest["fingerprint"], index, manifest["dimension"],
-                   manifest["truncate_dim"], rescore, shards)  # fmt: skip
+                   manifest.get("truncate_dim"), rescore, shards)  # fmt: skip
 
     def _write_vectors(self, path: Path) -> None:
         """The vectors that re-score, in the order of the slots."""
@@ -387,7 +401,7 @@ class VectorIndex:
             np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
             step = max(1, _RESCORE_BYTES // max(1, dtype.itemsize * self.dimension))
             for start in range(0, len(self.slots), step):
-                file.write(gather(self.shards, self._row[start : start + step]).tobytes())
+                file.write(gather(self._rows, self._row[start : start + step]).tobytes())
 
 
 def shortened(vectors: FloatArray, dimension: int) -> FloatArray:

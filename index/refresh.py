@@ -18,7 +18,7 @@ from taoemb.files import read_manifest
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex, auto_factory
 from taoemb.index.results import overlap
-from taoemb.index.tuning import exact_top, tune
+from taoemb.index.tuning import Truth, tune
 from taoemb.store import EmbeddingStore
 from taoemb.types import FloatArray
 
@@ -130,6 +130,7 @@ class IndexRefresher:
         self._hits_N = np.zeros(len(store), dtype=np.int64)
         self._cell_N = _cells(self._indexed_ND)
         self._touched: dict[int, FloatArray] = {}
+        self._handed: dict[int, FloatArray] = {}  # what a refresh that is not published yet has taken
         self._worker: ThreadPoolExecutor | None = None
         self._running: Future[_Refreshed] | None = None
         self.index, self.recall = self._made(self._indexed_ND, None if probe is None else probe())
@@ -163,7 +164,8 @@ class IndexRefresher:
         """Refresh when ``steps`` have passed since the last one began, or the index has become too stale; returns whether a
         new index is in place."""
         if self._running is not None:
-            if not self._running.done() and step - self.started_at < self.config.steps:
+            late = self.config.steps and step - self.started_at >= self.config.steps
+            if not self._running.done() and not late:
                 return False
             done, self._running = self._running, None
             return self._publish(done.result())
@@ -172,14 +174,14 @@ class IndexRefresher:
             return False
         queries = None if self._probe is None else self._probe()
         work = partial(self._refreshed, step, self._encoder(), self._choose(step), self._touched, queries)
-        if not self.config.asynchronous:
-            refreshed = work()
-            self.started_at, self._touched = step, {}
-            return self._publish(refreshed)
-        self._worker = self._worker or ThreadPoolExecutor(1, "taoemb-refresh")
-        self._running = self._worker.submit(work)
-        self.started_at, self._touched = step, {}
-        return False
+        if self.config.asynchronous:
+            self._worker = self._worker or ThreadPoolExecutor(1, "taoemb-refresh")
+            self._running = self._worker.submit(work)
+            self.started_at, self._handed, self._touched = step, self._touched, {}
+            return False
+        refreshed = work()
+        self.started_at, self._handed, self._touched = step, self._touched, {}
+        return self._publish(refreshed)
 
     def _too_stale(self, step: int) -> bool:
         """Every ``probe_steps``: the candidates of some probe queries, encoded once more, say whether the Top-K has changed."""
@@ -226,8 +228,9 @@ class IndexRefresher:
 
     def state(self) -> dict[str, np.ndarray]:
         """All that a resumed run needs; see `restore`."""
-        touched = np.array(sorted(self._touched), dtype=np.int64)
-        vectors = [self._touched[i] for i in touched.tolist()]
+        known = {**self._handed, **self._touched}  # a refresh in the background is lost with the process
+        touched = np.array(sorted(known), dtype=np.int64)
+        vectors = [known[i] for i in touched.tolist()]
         return {
             "indexed": self._indexed_ND,
             "encoded_at": self._encoded_at_N,
@@ -245,6 +248,7 @@ class IndexRefresher:
         self._touched = dict(zip(state["touched"].tolist(), state["touched_vectors"], strict=True))
         self.started_at, self.built_at, self.probed_at, self.refreshes, self.encoded = state["counters"].tolist()
         self.overlap, self.recall, self.drift = state["measures"].tolist()
+        self._handed, self._running = {}, None  # what runs in the background is of another past
         self.index = self._build(self._store(self._indexed_ND))
         if isinstance(self.index, VectorIndex):
             self.index.set_parameters(**dict(zip(self.index.parameters, state["search"].tolist(), strict=True)))
@@ -309,17 +313,19 @@ class IndexRefresher:
             return index, 1.0
         if queries is None or not self.config.min_recall:
             return index, float("nan")
-        return index, tune(index, queries, exact_top(store, queries, self._k), self.config.min_recall)
+        return index, tune(index, Truth(store, queries, self._k), self._k, self.config.min_recall)
 
     def _publish(self, refreshed: _Refreshed) -> bool:
         self.encoded += refreshed.encoded
         if refreshed.recall < self.config.min_recall:
             warnings.warn(f"step {refreshed.step}: the refreshed index finds {refreshed.recall:.1%} of the exact Top-{self._k}, "
                           f"less than min_recall={self.config.min_recall}; the one before stays in use", stacklevel=3)  # fmt: skip
+            self._touched, self._handed = {**self._handed, **self._touched}, {}
             return False
         if self._probe is not None:
             queries, before = self._probe(), self.index
             self.overlap = overlap(*(one.search_positions(queries, self._k)[0] for one in (before, refreshed.index)))
+        self._handed = {}
         self._hits_N //= 2  # what was hot once cools down
         self._indexed_ND, self._encoded_at_N = refreshed.vectors_ND, refreshed.encoded_at_N
         self.index, self.recall, self.built_at = refreshed.index, refreshed.recall, refreshed.step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy.typing as npt
 from taoemb.index.bench import one_thread
 from taoemb.index.refresh import AnyIndex, load_index
 from taoemb.index.results import as_queries, check_fingerprint
-from taoemb.index.snapshots import LiveIndex, SnapshotError, Snapshots
-from taoemb.index.tuning import draw_queries, exact_top
+from taoemb.index.snapshots import LiveIndex, Snapshots
+from taoemb.index.tuning import Truth, draw_queries
 from taoemb.store import EmbeddingStore
 
 
@@ -31,10 +32,19 @@ class Check:
 def verify(folder: str | Path) -> list[str]:
     """What is wrong with the files of an index, an embedding store or a folder of snapshots; empty when all is well."""
     snapshots = Snapshots(folder)
+    problems, embeddings = [], snapshots.folder / "embeddings"
     if (snapshots.folder / "CURRENT").exists() or snapshots.generations():
-        return snapshots.verify()
+        problems = snapshots.verify()
+    elif not embeddings.is_dir():
+        problems = _problem(lambda: load_index(folder))
+    if (embeddings / "manifest.json").exists():  # of `taoemb index refresh`
+        problems += _problem(lambda: EmbeddingStore.open(embeddings))
+    return problems
+
+
+def _problem(opening: Callable[[], object]) -> list[str]:
     try:
-        load_index(folder)
+        opening()
     except ValueError as error:
         return [str(error)]
     return []
@@ -65,19 +75,24 @@ def serve_check(
     Args:
         folder: of an index, or of snapshots.
         fingerprint: of the encoder that will encode the queries; "" leaves that check out.
-        store: the vectors that the index was built over; without it the recall is not checked.
+        store: the vectors that the index was built over; without it, or with one of another encoder or other items, the recall
+            is not measured.
         queries: vectors ``[Q, D]``; without them 200 are drawn from the store, or at random.
         k: items per query.
         min_recall: share of the exact Top-``k`` that must be found.
         max_p99_ms: latency that 99 % of the searches under load must stay under, in milliseconds.
         threads: searching at once, each on one core with single queries.
-        seconds: of load; in its middle the folder's current generation is opened once more.
+        seconds: of load; in its middle a newer generation is taken up where there is one.
+
+    Raises ValueError for fewer than one thread, or no time.
     """
+    if threads < 1 or seconds <= 0:
+        raise ValueError(f"threads={threads}, seconds={seconds}: give at least one thread and some time")
     problems = verify(folder)
     done = [Check("files", not problems, "; ".join(problems) or "every checksum is right")]
     try:
         index = open_index(folder)
-    except (ValueError, SnapshotError):
+    except ValueError:
         return done
     try:
         check_fingerprint(index, fingerprint)
@@ -92,26 +107,38 @@ def serve_check(
         queries_QD = draw_queries(store, 200)
     else:
         queries_QD = np.random.default_rng(0).standard_normal((200, index.dimension), np.float32)
-    if store is None:
-        done.append(Check("recall", True, "not measured: the embedding store was not given"))
+    unfit = _unfit(store, index)
+    if store is None or unfit:
+        done.append(Check("recall", True, f"not measured: {unfit}"))
     else:
-        found, _ = index.search(queries_QD, k)
-        ids = np.array(store.ids, dtype=object)
-        wanted = ids[exact_top(store, queries_QD, k)]
-        recall = float(
-            np.mean([len({*a} & {*b}) / max(1, len(b)) for a, b in zip(found.tolist(), wanted.tolist(), strict=True)])
+        place = {item_id: i for i, item_id in enumerate(store.ids)} | {"": -1}
+        found = np.array(
+            [[place[item_id] for item_id in row] for row in index.search(queries_QD, k)[0]], dtype=np.int64
         )
+        recall = Truth(store, queries_QD, k).recall(found.reshape(len(queries_QD), k), k)
         done.append(
             Check("recall", recall >= min_recall, f"recall@{k} {recall:.3f}, at least {min_recall:g} is wanted")
         )
     return [*done, _under_load(index, queries_QD, k, max_p99_ms, threads, seconds)]
 
 
+def _unfit(store: EmbeddingStore | None, index: AnyIndex | LiveIndex) -> str:
+    """Why a store is not what an index was built over; "" where it is."""
+    if store is None:
+        return "the embedding store was not given"
+    if store.fingerprint != index.fingerprint:
+        return "the embedding store is of another encoder than the index"
+    held = index.index if isinstance(index, LiveIndex) else index
+    return "" if set(held.ids) == set(store.ids) else "the embedding store has other items than the index"
+
+
 def _under_load(
     index: AnyIndex | LiveIndex, queries_QD: npt.NDArray[np.float32], k: int, max_p99_ms: float | None, threads: int,
     seconds: float,
 ) -> Check:  # fmt: skip
-    wanted, stop = index.search(queries_QD, k)[0], threading.Event()
+    with one_thread():  # one by one, as below: a batch may list equal scores in another order
+        wanted = [index.search(query[None], k)[0][0].tolist() for query in queries_QD]
+    stop = threading.Event()
 
     def read(seed: int) -> tuple[list[float], int]:
         rng, taken, wrong = np.random.default_rng(seed), [], 0
@@ -121,15 +148,17 @@ def _under_load(
                 start = time.perf_counter()
                 ids, _ = index.search(queries_QD[row : row + 1], k)
                 taken.append(1e3 * (time.perf_counter() - start))
-                wrong += set(ids[0]) != set(wanted[row])
+                wrong += ids[0].tolist() != wanted[row]
         return taken, wrong
 
     with ThreadPoolExecutor(threads) as pool:
         readers = [pool.submit(read, seed) for seed in range(threads)]
-        time.sleep(seconds / 2)
-        swapped = isinstance(index, LiveIndex) and index.reload()
-        time.sleep(seconds / 2)
-        stop.set()
+        try:
+            time.sleep(seconds / 2)
+            swapped = isinstance(index, LiveIndex) and index.reload()
+            time.sleep(seconds / 2)
+        finally:
+            stop.set()  # else the pool waits for them for ever
         results = [reader.result() for reader in readers]
     taken = np.concatenate([times for times, _ in results])
     wrong = 0 if swapped else sum(count for _, count in results)

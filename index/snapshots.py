@@ -6,6 +6,7 @@ place last. Nothing is ever changed in a generation, so that a reader that holds
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import warnings
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy.typing as npt
 
 from taoemb.files import write_text
 from taoemb.index.refresh import AnyIndex, load_index
-from taoemb.index.results import SearchResult, overlap
+from taoemb.index.results import SearchResult, as_queries
+from taoemb.index.tuning import Truth
+from taoemb.store import EmbeddingStore
 
 
 class SnapshotError(ValueError):
@@ -39,19 +42,23 @@ class Snapshots:
         index: AnyIndex,
         *,
         probe: npt.ArrayLike | None = None,
-        exact: AnyIndex | None = None,
+        store: EmbeddingStore | None = None,
         min_recall: float = 0.9,
         k: int = 10,
+        source: str = "",
     ) -> int:
         """Save an index as the next generation and make it the current one; returns its number.
 
-        With ``probe`` queries ``[B, D]`` and an ``exact`` index over the same items the new one must find at least
-        ``min_recall`` of the exact Top-``k`` first. Raises SnapshotError where it does not; what is current stays so.
+        With ``probe`` queries ``[B, D]`` and the ``store`` that the index was built over it must first reach a recall@k of
+        ``min_recall`` (`Truth`). Raises SnapshotError where it does not; what is current stays so.
         """
-        if (probe is None) != (exact is None):
-            raise ValueError("give both probe and exact, or neither")
-        if probe is not None and exact is not None:
-            recall = overlap(index.search_positions(probe, k)[0], exact.search_positions(probe, k)[0])
+        if "\n" in source:
+            raise ValueError(f"source={source!r}: give one line")
+        if (probe is None) != (store is None):
+            raise ValueError("give both probe and store, or neither")
+        if probe is not None and store is not None:
+            truth = Truth(store, as_queries(probe, store.dimension), k)
+            recall = truth.recall(index.search_positions(truth.queries, k)[0], k)
             if recall < min_recall:
                 raise SnapshotError(
                     f"recall@{k} of the new index is {recall:.3f}, under {min_recall}; it is not published"
@@ -60,7 +67,7 @@ class Snapshots:
             shutil.rmtree(leftover)
         number = max(self.generations(), default=0) + 1
         index.save(self._path(number))
-        write_text(self.folder / "CURRENT", f"{self._path(number).name}\n")
+        write_text(self.folder / "CURRENT", self._current_text(number, source))
         for old in self.generations()[: -self.keep]:
             hidden = self._path(old).with_name(f".{self._path(old).name}.old")
             self._path(old).rename(hidden)  # at once: half a generation must not look like one
@@ -78,14 +85,33 @@ class Snapshots:
 
         Raises SnapshotError where ``CURRENT`` names none that is there.
         """
-        file = self.folder / "CURRENT"
-        if not file.exists():
+        if not (self.folder / "CURRENT").exists():
             return None
-        name = file.read_bytes().decode("utf-8", "replace").removesuffix("\n")
+        return int(self._named()[0].removeprefix("gen-"))
+
+    @property
+    def source(self) -> str:
+        """What the current generation was said to be made of when it was published; "" where nothing was said."""
+        return self._named()[1] if (self.folder / "CURRENT").exists() else ""
+
+    def _named(self) -> tuple[str, str]:
+        """Folder and source of the current generation, as ``CURRENT`` says."""
+        file = self.folder / "CURRENT"
+        text = file.read_bytes().decode("utf-8", "replace")
+        name, _, rest = text.partition("\n")
+        source = rest.partition("\n")[0]
         number = name.removeprefix("gen-")
-        if not number.isdigit() or name != self._path(int(number)).name or int(number) not in self.generations():
+        if (
+            not number.isdigit()
+            or text != self._current_text(int(number), source)
+            or int(number) not in self.generations()
+        ):
             raise SnapshotError(f"{file} is corrupt: it names {name!r}; there are {self.generations()}")
-        return int(number)
+        return name, source
+
+    def _current_text(self, number: int, source: str) -> str:
+        name = self._path(number).name
+        return f"{name}\n" + (f"{source}\n{hashlib.sha256((name + source).encode()).hexdigest()}\n" if source else "")
 
     def open(self, device: str = "cpu") -> tuple[int, AnyIndex]:
         """The current generation, checksums verified; where it is damaged an older one, with a warning that names the file.
@@ -138,6 +164,7 @@ class LiveIndex:
     def __init__(self, snapshots: Snapshots, device: str = "cpu") -> None:
         self._snapshots, self._device = snapshots, device
         self._held = snapshots.open(device)
+        self._tried: int | None = None
 
     @property
     def generation(self) -> int:
@@ -163,10 +190,15 @@ class LiveIndex:
         return len(self.index)
 
     def reload(self) -> bool:
-        """Open the current generation where it is another than the one in use; returns whether it was."""
-        if self._snapshots.current == self.generation:
+        """Open the current generation where it is another than the one in use; returns whether one took its place. One that
+        turned out to be damaged is not tried again."""
+        current = self._snapshots.current
+        if current in (self.generation, self._tried):
             return False
-        self._held = self._snapshots.open(self._device)
+        self._tried, opened = current, self._snapshots.open(self._device)
+        if opened[0] == self.generation:  # the newest is damaged
+            return False
+        self._held = opened
         return True
 
     def search(self, vectors: npt.ArrayLike, k: int) -> SearchResult:

@@ -70,14 +70,20 @@ def index_refresh(
     """
     from taoemb.catalog import Items
     from taoemb.encoder import Encoder
+    from taoemb.files import checksum
     from taoemb.index.snapshots import Snapshots
     from taoemb.store import encode_corpus
 
-    start = time.perf_counter()
+    start, snapshots = time.perf_counter(), Snapshots(folder)
     encoder = Encoder(model, backend=cast(Any, backend))
     store = encode_corpus(encoder, Items.load(data), folder / "embeddings", update=True, progress=True)
+    options = [factory, memory, min_recall, truncate_dim, rescore]
+    source = f"{checksum(folder / 'embeddings' / 'manifest.json')} {options}"
+    if snapshots.source == source and not snapshots.verify():
+        typer.echo(f"{folder}: nothing has changed since generation {snapshots.current}", err=True)
+        return
     index, what = _built(store, factory, memory, min_recall, truncate_dim, rescore)
-    number = Snapshots(folder).publish(index)
+    number = snapshots.publish(index, source=source)
     typer.echo(f"{folder}: generation {number}, {what} ({time.perf_counter() - start:.1f} s)", err=True)
 
 
@@ -87,7 +93,7 @@ def _built(
     """An index that finds enough, and a line that says what it is; raises ValueError where it does not."""
     from taoemb.index.exact import ExactIndex
     from taoemb.index.faiss_index import VectorIndex, auto_factory
-    from taoemb.index.tuning import draw_queries, exact_top, tune
+    from taoemb.index.tuning import Truth, draw_queries, tune
 
     if not 0 <= min_recall <= 1:
         raise ValueError(f"min_recall={min_recall}: give 0 to 1")
@@ -97,10 +103,10 @@ def _built(
     if factory == "Flat" and truncate_dim is None and not rescore:
         return ExactIndex.build(store), f"exact search over {len(store):,} vectors"
     index = VectorIndex.build(store, factory, truncate_dim=truncate_dim, rescore=rescore, deterministic=True)
-    queries = draw_queries(store, 200)
-    recall = tune(index, queries, exact_top(store, queries, 10), min_recall)
+    truth = Truth(store, draw_queries(store, 200), 10)
+    recall = tune(index, truth, 10, min_recall)
     settings = "".join(f", {name} {value}" for name, value in index.parameters.items())
-    found = f"recall@10 {recall:.3f} on {len(queries)} queries drawn from the items"
+    found = f"recall@10 {recall:.3f} on {len(truth.queries)} queries drawn from the items"
     if recall < min_recall:
         raise ValueError(f"{factory}{settings}: {found}, less than --min-recall {min_recall:g}; take another --factory, a larger "
                          "--rescore, or ask for less")  # fmt: skip
@@ -219,7 +225,7 @@ def index_serve_check(
     from taoemb.store import EmbeddingStore
 
     beside = folder / "embeddings"
-    where = store or (beside if beside.is_dir() else None)
+    where = store or (beside if (beside / "manifest.json").exists() else None)
     checks = serve_check(folder, fingerprint=Encoder(model).fingerprint if model else "",
                          store=EmbeddingStore.open(where) if where else None, min_recall=min_recall, max_p99_ms=max_p99_ms,
                          threads=threads, seconds=seconds)  # fmt: skip

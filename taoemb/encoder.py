@@ -68,6 +68,8 @@ class Encoder:
         backend: Backend = "torch",
         cache: str | Path | None = None,
     ) -> None:
+        if device is not None:
+            check_device(device)
         if backend != "torch" and device is None and not isinstance(model, SentenceTransformer):
             device = "cpu"
         saved = None
@@ -300,6 +302,16 @@ def _token_batches(
 def _check_list(texts: Sequence[object]) -> None:
     if isinstance(texts, str):
         raise TypeError(f"expected a list of texts, got one text: {texts[:40]!r}; put it in a list")
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a torch device that there is none of."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: give cpu, cuda or cuda:1, or mps") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}: torch sees {torch.cuda.device_count()} GPUs")
 
 
 def _load(name: str, device: str | None) -> SentenceTransformer:

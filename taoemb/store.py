@@ -6,9 +6,14 @@ folder without it is unfinished work that `encode_corpus` continues.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
+import os
+import re
 import shutil
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -47,6 +52,8 @@ KIND = "embedding store"
 SHARD_ROWS = 16_384
 """Rows of a shard, the unit that a resumed encode does not repeat; our choice."""
 _BLOCK_ROWS = 65_536
+_OWN = re.compile(r"(manifest|partial)\.json(\.tmp)?|ids\.parquet(\..*)?|\.?ids\.parquet.*|shard-\d+\.npy(\..*)?")
+"""Names of a store's files."""
 StoreType = Literal["float32", "float16", "int8"]
 """Numbers of a stored vector. ``int8``: a row times 127 over its largest number, rounded; its length needs no place,
 because the vectors are unit vectors."""
@@ -117,9 +124,11 @@ class EmbeddingStore:
         manifest = _read_manifest(folder)
         for name, expected in manifest["files"].items():
             if not (folder / name).exists():
-                raise StoreError(f"{folder / name} is missing; encode the catalog again")
+                raise StoreError(f"{folder / name} is missing; encode the catalog again, with --update")
             if verify and checksum(folder / name) != expected:
-                raise StoreError(f"{folder / name} is corrupt (its checksum is not the manifest's); encode again")
+                raise StoreError(
+                    f"{folder / name} is corrupt (its checksum is not the manifest's); encode again, with --update"
+                )
         ids = pq.read_table(folder / "ids.parquet", columns=["id"]).column("id").to_pylist()
         names = sorted(name for name in manifest["files"] if name.startswith("shard-"))
         shards = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names]
@@ -199,6 +208,8 @@ def encode_corpus(
     Raises StoreError when ``out`` holds a store of another encoder or catalog (also one with other item texts) and not
     ``update``: nothing is overwritten.
     """
+    from taoemb.encoder import check_device  # not above: an index is searched without the libraries of models
+
     if dtype not in get_args(StoreType):
         raise ValueError(f"dtype={dtype!r}: give one of {', '.join(get_args(StoreType))}")
     fingerprint, ids = encoder.fingerprint, items.ids
@@ -208,25 +219,25 @@ def encode_corpus(
         work = _Work(Path(), shard_rows, dtype)
         shards = [work.shard(encoder, items, n) for n in _bar(range(work.count(items)), work, items, progress)]
         return EmbeddingStore(ids, shards, fingerprint)
+    for device in devices or ():
+        check_device(device)
     folder = Path(out)
     recover_folder(folder)
     hashes = _text_hashes(items, encoder.template.fields)
     identity = _identity(ids, fingerprint, encoder.dimension, dtype)
     identity["texts_hash"] = hashlib.sha256(hashes.tobytes()).hexdigest()[:32]
     work = _Work(folder, shard_rows, dtype)
-    if (
-        update
-        and (folder / "manifest.json").exists()
-        and _differences(read_manifest(folder / "manifest.json"), identity)
-    ):
-        work = _Work(
-            folder.with_name(f".{folder.name}.next"), shard_rows, dtype, *_reusable(folder, identity, ids, hashes)
-        )
-        partial = work.folder / "partial.json"
-        if work.folder.exists() and not (
-            partial.exists() and not _differences(read_json(partial), identity, shard_rows)
-        ):
-            shutil.rmtree(work.folder)  # of an update to another catalog
+    holds = _holds(folder, identity, shard_rows)
+    if update and holds == "this" and (folder / "manifest.json").exists():
+        shutil.rmtree(_next(folder), ignore_errors=True)  # of an update that is no longer wanted
+        with contextlib.suppress(StoreError):  # a damaged one is made again
+            return EmbeddingStore.open(folder)
+        holds = "another"
+    if update and holds == "another":
+        _check_own(folder)  # it will give way
+        work = _Work(_next(folder), shard_rows, dtype, *_reusable(folder, identity, ids, hashes))
+        if _holds(work.folder, identity, shard_rows) == "another":  # what is left of an update to another catalog
+            shutil.rmtree(work.folder)
     missing = _start(work, items, hashes, identity)
     if not (work.folder / "manifest.json").exists():
         numbers = (
@@ -235,9 +246,35 @@ def encode_corpus(
         for _ in _bar(numbers, work, items, progress, skipped=work.count(items) - len(missing)):
             pass
         _finish(work.folder, identity)
-        if work.folder != folder:
-            take_place(work.folder, folder)
+    if work.folder != folder:
+        take_place(work.folder, folder)
     return EmbeddingStore.open(folder)
+
+
+def _next(folder: Path) -> Path:
+    """Where an update of a store is made."""
+    return folder.with_name(f".{folder.name}.next")
+
+
+def _holds(folder: Path, identity: dict[str, Any], shard_rows: int) -> str:
+    """``this`` store, finished or not, ``another``, also a damaged one, or "" where there is none."""
+    for name, rows in (("manifest.json", None), ("partial.json", shard_rows)):
+        if (folder / name).exists():
+            try:
+                found = read_manifest(folder / name) if name == "manifest.json" else read_json(folder / name)
+            except ValueError:
+                return "another"
+            return "another" if _differences(found, identity, rows) else "this"
+    return ""
+
+
+def _check_own(folder: Path) -> None:
+    """Raises StoreError where a folder holds files that no store has: they would be lost with it."""
+    strange = sorted(path.name for path in folder.iterdir() if not _OWN.fullmatch(path.name)) if folder.exists() else []
+    if strange:
+        raise StoreError(
+            f"{folder} holds other files than a store's ({', '.join(strange[:3])}); give a folder of its own"
+        )
 
 
 @dataclass(frozen=True)
@@ -252,15 +289,15 @@ class _Work:
     """Row of each item in the store ``old``, -1 where it must be encoded."""
 
     def count(self, items: Items) -> int:
-        """Number of shards."""
-        return -(-len(items) // self.shard_rows)
+        """Number of shards; an empty catalog has one without rows, which keeps the dimension."""
+        return max(1, -(-len(items) // self.shard_rows))
 
     def shard(self, encoder: Encoder, items: Items, number: int) -> npt.NDArray[Any]:
         """The stored vectors of one shard; raises StoreError naming an item whose embedding is no number."""
         rows = np.arange(number * self.shard_rows, min((number + 1) * self.shard_rows, len(items)))
         known = np.full(len(rows), -1) if self.old_rows is None else self.old_rows[rows]
         new = np.flatnonzero(known < 0)
-        part = items[int(rows[0]) : int(rows[-1]) + 1]
+        part = items[number * self.shard_rows : number * self.shard_rows + len(rows)]
         vectors = encoder.encode_document(part if len(new) == len(rows) else [part[i] for i in new.tolist()])
         if not np.isfinite(vectors).all():
             bad = items.ids[rows[new[int(np.argmin(np.isfinite(vectors).all(axis=1)))]]]
@@ -277,7 +314,8 @@ class _Work:
     @cached_property
     def _old(self) -> EmbeddingStore:
         assert self.old is not None
-        return EmbeddingStore.open(self.old, verify=False)
+        shards = _whole_shards(self.old)
+        return EmbeddingStore([""] * sum(map(len, shards)), shards, "")
 
 
 def _encode(encoder: Encoder, items: Items, work: _Work, numbers: Sequence[int]) -> Iterator[int]:
@@ -312,8 +350,16 @@ _here: dict[str, Any] = {}
 def _join(encoder: Encoder, table: pa.Table, work: _Work, free: Any, threads: int) -> None:
     from taoemb.catalog import Items
 
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a killed parent must not leave a process behind that holds a GPU and writes shards
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     _here.update(encoder=encoder, items=Items(table), work=work, device=free.get())
+
+
+def _follow(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _encode_here(number: int) -> int:
@@ -355,11 +401,15 @@ def _identity(ids: Sequence[str], fingerprint: str, dimension: int, dtype: str) 
 def _text_hashes(items: Items, fields: Sequence[str]) -> Hashes:
     """A hash of the columns that the template reads per item ``[N]``: a vector must not outlive an edited title."""
     names = [name for name in fields if name in items.table.column_names]
-    columns = [pc.fill_null(items.table.column(name).cast(pa.string()), "") for name in names]
-    texts = pc.binary_join_element_wise(*columns, "\0").to_pylist() if names else [""] * len(items)
-    prefix = "\0".join(names).encode()
-    digests = (hashlib.blake2b(text.encode(), digest_size=8, key=hashlib.sha256(prefix).digest()) for text in texts)
-    return np.frombuffer(b"".join(digest.digest() for digest in digests), np.uint64)
+    key = hashlib.sha256("\0".join(names).encode()).digest()
+    found = np.empty(len(items), np.uint64)
+    for start in range(0, len(items), SHARD_ROWS):  # all texts at once may be gigabytes
+        table = items.table.slice(start, SHARD_ROWS)
+        columns = [pc.fill_null(table.column(name).cast(pa.large_string()), "").to_pylist() for name in names]
+        texts = ("\0".join(row).encode() for row in zip(*columns, strict=True)) if names else [b""] * len(table)
+        digests = b"".join(hashlib.blake2b(text, digest_size=8, key=key).digest() for text in texts)
+        found[start : start + len(table)] = np.frombuffer(digests, np.uint64)
+    return found
 
 
 def _differences(found: dict[str, Any], identity: dict[str, Any], shard_rows: int | None = None) -> list[str]:
@@ -371,18 +421,35 @@ def _differences(found: dict[str, Any], identity: dict[str, Any], shard_rows: in
 def _reusable(
     folder: Path, identity: dict[str, Any], ids: Sequence[str], hashes: Hashes
 ) -> tuple[Path, npt.NDArray[np.int64]] | tuple[()]:
-    """The store and the row of each item in it, -1 where it lacks the item, or has it with another text."""
-    EmbeddingStore.open(folder)  # nothing is taken over from a damaged one
-    same = ("fingerprint", "dimension", "dtype")
-    table = pq.read_table(folder / "ids.parquet")
-    if (
-        set(_differences(read_manifest(folder / "manifest.json"), identity)) & set(same)
-        or "text_hash" not in table.column_names
-    ):
+    """The store, finished or not, and the row of each item in it, -1 where it lacks the item, or has it with another text."""
+    same = {name: identity[name] for name in ("fingerprint", "dimension", "dtype")}
+    try:
+        if (folder / "manifest.json").exists():
+            found = read_manifest(folder / "manifest.json")
+            EmbeddingStore.open(folder)
+        else:
+            found = read_json(folder / "partial.json")
+    except ValueError as error:
+        warnings.warn(f"{error}; nothing is taken over from it, all items are encoded", stacklevel=3)
         return ()
-    known = zip(table.column("id").to_pylist(), table.column("text_hash").to_pylist(), strict=True)
-    row = {pair: i for i, pair in enumerate(known)}
-    return folder, np.array([row.get(pair, -1) for pair in zip(ids, hashes.tolist(), strict=True)], dtype=np.int64)
+    table = pq.read_table(folder / "ids.parquet")
+    if _differences(found, same) or "text_hash" not in table.column_names:
+        return ()
+    rows = sum(map(len, _whole_shards(folder)))
+    place = {item_id: i for i, item_id in enumerate(table.column("id").to_pylist()[:rows])}
+    known = np.array([place.get(item_id, -1) for item_id in ids], dtype=np.int64)
+    old_hashes = table.column("text_hash").to_numpy()
+    if rows:
+        known[old_hashes[known] != hashes] = -1
+    return folder, known
+
+
+def _whole_shards(folder: Path) -> list[npt.NDArray[Any]]:
+    """The shards of a store as far as they follow each other."""
+    shards: list[npt.NDArray[Any]] = []
+    while (file := folder / _shard_name(len(shards))).exists():
+        shards.append(np.load(file, mmap_mode="r", allow_pickle=False))
+    return shards
 
 
 def _start(work: _Work, items: Items, hashes: Hashes, identity: dict[str, Any]) -> list[int]:
@@ -399,6 +466,7 @@ def _start(work: _Work, items: Items, hashes: Hashes, identity: dict[str, Any]) 
     else:
         if any(folder.glob("shard-*.npy")):
             raise StoreError(f"{folder} holds shards but no manifest.json that names their encoder; delete the folder")
+        _check_own(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write_ids(folder, items.ids, hashes)
         write_json(partial, {**identity, "shard_rows": work.shard_rows})
@@ -415,7 +483,7 @@ def _write_ids(folder: Path, ids: Sequence[str], hashes: Hashes | None = None) -
 
 
 def _write_shard(folder: Path, number: int, vectors: npt.NDArray[Any]) -> None:
-    beside = folder / (_shard_name(number) + ".tmp")
+    beside = folder / f"{_shard_name(number)}.{os.getpid()}.tmp"
     with beside.open("wb") as file:
         np.save(file, np.ascontiguousarray(vectors), allow_pickle=False)
     fsync(beside)
@@ -427,6 +495,8 @@ def _finish(folder: Path, identity: dict[str, Any]) -> None:
     files = {name: checksum(folder / name) for name in names}
     write_manifest(folder / "manifest.json", {**identity, "files": files})
     (folder / "partial.json").unlink(missing_ok=True)
+    for leftover in folder.glob("shard-*.tmp"):  # of a process that was killed
+        leftover.unlink()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -458,6 +458,9 @@ class RetrievalGRPOTrainer:
         beside = self.config.refresh_async and encoder.device.type == "cuda"
         stream: Any = torch.cuda.Stream(encoder.device) if beside else None  # type: ignore[no-untyped-call]
 
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(encoder.device))  # which still copies the weights
+
         def encode(positions: Positions) -> FloatArray:
             with torch.cuda.stream(stream):
                 return encoder.encode_document([self.item_texts[i] for i in positions.tolist()])

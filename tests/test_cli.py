@@ -443,6 +443,15 @@ def test_a_refresh_follows_the_catalog(options, small_shop, small_shop_folder, s
                                                                            "ok    load"]  # fmt: skip
 
 
+def test_a_refresh_of_nothing_new_publishes_nothing(small_shop, small_shop_folder, static_model, tmp_path):
+    arguments = ["index", "refresh", tmp_path / "served", "--model", static_model, "--data", small_shop_folder]
+    assert "generation 1, " in taoemb_cli(*arguments).output
+    assert "nothing has changed since generation 1" in taoemb_cli(*arguments).output
+    assert "generation 2, " in taoemb_cli(*arguments, "--factory", "HNSW8").output
+    (tmp_path / "served" / "CURRENT").unlink()
+    assert "generation 3, " in taoemb_cli(*arguments, "--factory", "HNSW8").output
+
+
 def test_an_index_that_finds_too_little_is_not_published(small_shop_folder, static_model, tmp_path):
     arguments = ["index", "refresh", tmp_path / "served", "--model", static_model, "--data", small_shop_folder]
     assert taoemb_cli(*arguments).exit_code == 0

@@ -7,6 +7,7 @@ import pytest
 from taoemb.index import bench as bench_module
 from taoemb.index.bench import BenchRow, Candidate, bench, default_candidates, describe, draw_queries, list_count, sweep
 from taoemb.index.bench_report import recommend, write_bench
+from taoemb.index.tuning import Truth
 from taoemb.store import EmbeddingStore
 
 N, D = 2000, 16
@@ -88,10 +89,10 @@ def test_recall_is_that_of_brute_force(rows):
 
 def test_equal_scores_are_right_and_repeated_items_count_once(monkeypatch):
     twins = np.repeat(VECTORS[:100], 2, axis=0)  # every item twice: which of two equal ones is found is chance
-    truth = bench_module._Truth(store(twins), VECTORS[:5], [1])
+    truth = Truth(store(twins), VECTORS[:5], 1)
     assert truth.recall(np.array([[2 * i] for i in range(5)]), 1) == 1.0
     assert truth.recall(np.array([[2 * i + 1] for i in range(5)]), 1) == 1.0
-    truth = bench_module._Truth(store(), VECTORS[:1], [4])
+    truth = Truth(store(), VECTORS[:1], 4)
     best = np.argsort(-(VECTORS @ VECTORS[0]))
     assert truth.recall(np.array([best[:4]]), 4) == 1.0
     assert truth.recall(np.array([[best[0]] * 4]), 4) == 0.25

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taoemb.files import read_manifest, write_manifest
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex
 from taoemb.index.milvus import MilvusIndex
@@ -298,6 +299,15 @@ def test_update_and_remove_are_a_rebuild(backend, tmp_path):
     same(index, truth, backend.held)
 
 
+def test_a_change_leaves_the_store_and_its_other_indexes_alone(backend):
+    shared = store(dtype=backend.dtype)
+    index, other = backend.build(shared), ExactIndex.build(shared)
+    index.update([IDS[7], "new"], VECTORS[[8, 9]])
+    index.remove([IDS[3]])
+    assert shared.ids == other.ids == IDS
+    same(other, truth_of(), stored(backend.dtype) if backend.dtype != "float32" else identity)
+
+
 def test_everything_can_go_and_come_back(backend):
     index = backend.make()
     index.remove(IDS)
@@ -398,3 +408,23 @@ def test_the_vectors_that_rescore_stay_on_disk(tmp_path):
     assert isinstance(loaded, np.memmap)
     np.testing.assert_array_equal(loaded, VECTORS)
     assert json.loads((tmp_path / "i" / "manifest.json").read_text())["rescore"] == 4
+
+
+def test_vectors_that_change_often_do_not_pile_up():
+    index = VectorIndex.build(store(), "SQ8", rescore=N)
+    truth = truth_of()
+    for turn in range(30):
+        fresh = unit([9, turn], 2)
+        index.update([IDS[turn % 4], f"new {turn % 3}"], fresh)
+        truth |= {IDS[turn % 4]: fresh[0], f"new {turn % 3}": fresh[1]}
+    assert len(index._added) == 4 + 3
+    same(index, truth)
+
+
+def test_an_index_of_an_older_version_opens(tmp_path):
+    VectorIndex.build(store(), "Flat").save(tmp_path)
+    manifest = read_manifest(tmp_path / "manifest.json")
+    write_manifest(
+        tmp_path / "manifest.json", {k: v for k, v in manifest.items() if k not in ("rescore", "truncate_dim")}
+    )
+    same(load_index(tmp_path), truth_of())

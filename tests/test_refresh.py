@@ -1,6 +1,7 @@
 """The refresher against an encoder whose drift is known."""
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex
 from taoemb.index.refresh import IndexRefresher, RefreshConfig, build_index, rotation
 from taoemb.index.results import overlap
-from taoemb.index.tuning import draw_queries, exact_top
+from taoemb.index.tuning import Truth, draw_queries, tune
 from taoemb.store import EmbeddingStore
 
 N, D = 400, 12
@@ -426,14 +427,88 @@ def test_in_the_background_a_late_refresh_is_waited_for():
     index.close()
 
 
-def test_exact_top_block_by_block(monkeypatch):
+def test_truth_block_by_block(monkeypatch):
     monkeypatch.setattr("taoemb.store._BLOCK_ROWS", 30)
     rng = np.random.default_rng(0)
     vectors, queries = unit(rng.normal(size=(N, D))), unit(rng.normal(size=(7, D)))
     store = EmbeddingStore(IDS, np.array_split(vectors, 3), "")
     for k in (1, 10, N + 5):
         wanted = np.argsort(-(queries @ vectors.T), axis=1)[:, :k]
-        np.testing.assert_array_equal(exact_top(store, queries, k), wanted)
+        truth = Truth(store, queries, k)
+        np.testing.assert_array_equal(truth.positions, wanted)
+        assert truth.recall(wanted, k) == 1
+        assert truth.recall(wanted[:, ::-1], k) == 1
+        assert truth.recall(np.where(wanted == wanted[:, :1], -1, wanted), k) == pytest.approx(1 - 1 / min(k, N))
+
+
+def test_equal_items_are_equally_right():
+    """A catalog's variants have the same text: which of them is found does not matter."""
+    one = unit(np.random.default_rng(0).normal(size=(N // 4, D)))
+    store = EmbeddingStore(IDS, [np.repeat(one, 4, axis=0)], "")
+    truth = Truth(store, one[:9], 2)
+    assert truth.recall(truth.positions ^ 3, 2) == 1  # the other two of the four
+    index = VectorIndex.build(store, "IVF16,Flat")
+    assert tune(index, Truth(store, unit(np.random.default_rng(1).normal(size=(50, D))), 10), 10, 1.0) == 1
+
+
+def test_nothing_asked_is_nothing_set():
+    store = EmbeddingStore(IDS, [unit(np.random.default_rng(0).normal(size=(N, D)))], "")
+    index = VectorIndex.build(store, "IVF16,Flat", nprobe=5)
+    assert 0 < tune(index, Truth(store, store.vectors[:20], 10), 10, 0.0) < 1
+    assert index.parameters == {"nprobe": 5}
+    empty = EmbeddingStore([], [np.zeros((0, D), np.float32)], "")
+    assert Truth(empty, draw_queries(empty), 3).recall(np.zeros((0, 0), np.int64), 3) == 1
+
+
+@pytest.mark.parametrize("mode", ["touched", "rolling"])
+def test_what_a_refresh_in_the_background_took_is_kept_until_it_is_published(mode):
+    gate, encoder = threading.Event(), Drifting()
+
+    def slow():
+        vectors = encoder.at(encoder.step)
+        return lambda positions: vectors[positions] if gate.wait(20) else None
+
+    def made():
+        return IndexRefresher(slow, build_index, EmbeddingStore(IDS, [encoder.at(0)], ""),
+                              RefreshConfig(mode, steps=5, asynchronous=True))  # fmt: skip
+
+    index = made()
+    index.touch(np.arange(4), encoder.at(3)[:4])
+    encoder.step = 5
+    assert not index.refresh_if_due(5)
+    index.touch(np.arange(2), encoder.at(5)[:2])
+    state = {name: array.copy() for name, array in index.state().items()}
+    gate.set()
+    index.close()
+    again = made()
+    again.restore(state)
+    np.testing.assert_array_equal(again.state()["touched"], np.arange(4))
+    np.testing.assert_array_equal(
+        again.state()["touched_vectors"], np.concatenate([encoder.at(5)[:2], encoder.at(3)[2:4]])
+    )
+    assert not again.refresh_if_due(6)  # nothing of the other's refresh is published here
+    again.close()
+
+
+def test_looks_alone_do_not_make_training_wait():
+    gate, encoder = threading.Event(), Drifting(noise=0.05)
+    looks = []
+
+    def slow():
+        vectors, first = encoder.at(encoder.step), len(looks) == 0
+        looks.append(1)
+        return lambda positions: vectors[positions] if first or gate.wait(20) else None
+
+    index = IndexRefresher(slow, build_index, EmbeddingStore(IDS, [encoder.at(0)], ""),
+                           RefreshConfig(steps=0, probe_steps=2, asynchronous=True, min_overlap=1.0),
+                           probe=lambda: encoder.at(encoder.step)[::9])  # fmt: skip
+    start = time.perf_counter()
+    for step in (1, 2, 3, 4):
+        encoder.step = step
+        assert not index.refresh_if_due(step)
+    assert time.perf_counter() - start < 10
+    gate.set()
+    index.close()
 
 
 def test_drawn_queries_lie_near_the_store():

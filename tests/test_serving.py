@@ -106,3 +106,53 @@ def test_an_answer_that_changes_under_load(served, monkeypatch):
     passed, text = outcome(served)
     assert not passed["load"]
     assert "with other items than alone" in text["load"]
+
+
+def test_variants_with_the_same_vector_are_no_fault(tmp_path):
+    twins = EmbeddingStore(STORE.ids, [np.repeat(STORE.vectors[: N // 4], 4, axis=0)], "f1")
+    ExactIndex.build(twins).save(tmp_path / "e")
+    VectorIndex.build(twins, "IVF16,Flat", nprobe=16).save(tmp_path / "i")
+    for name in "ei":
+        passed, text = outcome(tmp_path / name, store=twins, k=10)
+        assert passed == dict.fromkeys(ALL, True), text
+        assert "recall@10 1.000" in text["recall"]
+
+
+def test_a_store_of_something_else_is_not_compared(served):
+    for store, words in ((EmbeddingStore(STORE.ids, STORE.shards, "f2"), "of another encoder than the index"),
+                         (EmbeddingStore([f"x{i}" for i in range(N)], STORE.shards, "f1"), "other items than the index")):  # fmt: skip
+        passed, text = outcome(served, store=store)
+        assert passed["recall"]
+        assert words in text["recall"]
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"seconds": 0}, {"seconds": -1}])
+def test_no_load_is_refused(options, served):
+    with pytest.raises(ValueError, match="give at least one thread and some time"):
+        serve_check(served, **options)
+
+
+def test_an_error_under_load_ends_the_readers(served, monkeypatch):
+    def broken(self):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(LiveIndex, "reload", broken)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="the disk is gone"):
+        outcome(served)
+    assert threading.active_count() == before
+
+
+def test_few_items_and_none(tmp_path):
+    for count in (3, 0):
+        few = EmbeddingStore(STORE.ids[:count], [STORE.vectors[:count]], "f1")
+        ExactIndex.build(few).save(tmp_path / str(count))
+        assert outcome(tmp_path / str(count), store=few)[0] == dict.fromkeys(ALL, True)
+
+
+def test_damaged_embeddings_beside_are_named(served):
+    STORE.save(served / "embeddings")
+    assert verify(served) == []
+    (file,) = (served / "embeddings").glob("shard-*.npy")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert "embeddings/shard-00000.npy is corrupt" in verify(served)[0]

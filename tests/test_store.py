@@ -1,7 +1,9 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import taoemb.store
 from taoemb.catalog import Items, ItemTemplate
 from taoemb.encoder import Encoder
 from taoemb.files import read_manifest, write_manifest
+from taoemb.index.exact import ExactIndex
 from taoemb.store import EmbeddingStore, StoreError, encode_corpus
 
 ROWS = 100  # of a shard: the 600 items of the small shop make 6
@@ -378,11 +381,93 @@ def test_an_interrupted_update_gives_way_to_a_newer_catalog(static_model, items,
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_nothing_is_taken_over_from_a_damaged_store(static_model, items, tmp_path):
+@pytest.mark.parametrize("today", [True, False])
+@pytest.mark.parametrize("name", ["shard-00002.npy", "ids.parquet", "manifest.json"])
+def test_a_damaged_store_is_made_again_from_nothing(name, today, static_model, items, tmp_path):
     encode_corpus(Encoder(static_model), items, tmp_path / "s", shard_rows=ROWS)
-    flip(tmp_path / "s" / "shard-00002.npy")
-    with pytest.raises(StoreError, match="shard-00002.npy is corrupt"):
-        encode_corpus(Encoder(static_model), changed(items)[0], tmp_path / "s", update=True)
+    flip(tmp_path / "s" / name, 50)
+    encoder, wanted = Reading(static_model), changed(items)[0] if today else items
+    with pytest.warns(UserWarning, match=f"{name} is corrupt.*all items are encoded"):
+        store = encode_corpus(encoder, wanted, tmp_path / "s", update=True, shard_rows=ROWS)
+    assert len(encoder.read) == len(wanted)
+    np.testing.assert_array_equal(store.vectors, encode_corpus(Encoder(static_model), wanted).vectors)
+
+
+def test_an_unfinished_store_is_brought_up_to_date_too(static_model, items, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(Reading(static_model, fail_at=3), items, tmp_path / "s", shard_rows=ROWS)
+    today, edited = changed(items)
+    encoder = Reading(static_model)
+    store = encode_corpus(encoder, today, tmp_path / "s", update=True, shard_rows=ROWS)
+    had = set(items.ids[: 3 * ROWS]) - set(edited)
+    assert sorted(encoder.read) == sorted(i for i in today.ids if i not in had)
+    np.testing.assert_array_equal(store.vectors, encode_corpus(Encoder(static_model), today).vectors)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_stop_before_any_file_operation_of_an_update(static_model, items, tmp_path, monkeypatch):
+    """Stopped before the n-th rename or removal, for every n: the rerun gives the new store, and all that was encoded counts."""
+    today, edited = changed(items)
+    truth = encode_corpus(Encoder(static_model), today).vectors
+    encode_corpus(Encoder(static_model), items, tmp_path / "old", shard_rows=ROWS)
+    for at in range(100):
+        folder = tmp_path / f"n{at}" / "s"
+        shutil.copytree(tmp_path / "old", folder)
+        left = [at]
+
+        def counted(operation, left=left):
+            def run(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return operation(*args, **kwargs)
+
+            return run
+
+        first, second = Reading(static_model), Reading(static_model)
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "unlink"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            try:
+                encode_corpus(first, today, folder, update=True, shard_rows=ROWS)
+                break
+            except KeyboardInterrupt:
+                pass
+        store = encode_corpus(second, today, folder, update=True, shard_rows=ROWS)
+        np.testing.assert_array_equal(store.vectors, truth)
+        assert [path.name for path in folder.parent.iterdir()] == ["s"]
+        assert not list(folder.glob("*.tmp"))
+        assert len(first.read) + len(second.read) <= len(edited) + 1  # at most what the shard in hand encoded, twice
+    assert at > 10
+
+
+def test_other_files_than_its_own_are_never_lost(static_model, items, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="holds other files than a store's .notes.txt"):
+        encode_corpus(Encoder(static_model), items, tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    encode_corpus(Encoder(static_model), items, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="notes.txt"):
+        encode_corpus(Encoder(static_model), changed(items)[0], tmp_path, update=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_texts_are_hashed_slice_by_slice(monkeypatch, items):
+    whole = taoemb.store._text_hashes(items, ("title", "brand"))
+    monkeypatch.setattr(taoemb.store, "SHARD_ROWS", 7)
+    np.testing.assert_array_equal(taoemb.store._text_hashes(items, ("title", "brand")), whole)
+    assert len(np.unique(whole)) == len(
+        set(zip(*(items.table.column(c).to_pylist() for c in ("title", "brand")), strict=True))
+    )
+
+
+def test_an_empty_catalog_keeps_its_dimension(static_model, items, tmp_path):
+    for dtype in ("float32", "int8"):
+        store = encode_corpus(Encoder(static_model), items[:0], tmp_path / dtype, dtype=dtype)
+        assert (len(store), store.dimension, store.dtype) == (0, 16, dtype)
+        index = ExactIndex.build(store)
+        assert index.search(np.ones((1, 16)), 2)[0].tolist() == [["", ""]]
 
 
 def test_a_store_without_text_hashes_is_encoded_afresh(static_model, items, tmp_path):
@@ -403,8 +488,58 @@ def test_several_processes_make_the_same_store(static_model, items, tmp_path):
     np.testing.assert_array_equal(store.vectors, encode_corpus(encoder, today).vectors)
 
 
+class Broken(Encoder):
+    """Fails in the process that encodes."""
+
+    def encode_document(self, items, progress=False):
+        raise MemoryError("too much")
+
+
 def test_a_mistake_in_a_process_reaches_the_caller(static_model, items, tmp_path):
-    with pytest.raises(RuntimeError, match="nowhere"):
-        encode_corpus(Encoder(static_model), items, tmp_path, devices=["nowhere"])
+    with pytest.raises(MemoryError, match="too much"):
+        encode_corpus(Broken(static_model), items, tmp_path, devices=["cpu"])
+    for device, words in (("nowhere", "device='nowhere': give cpu"), ("cuda:99", "device='cuda:99': torch sees")):
+        with pytest.raises(ValueError, match=words):
+            encode_corpus(Encoder(static_model), items, tmp_path / "s", devices=[device])
+        with pytest.raises(ValueError, match=words):
+            Encoder(static_model, device=device)
     with pytest.raises(ValueError, match="give out"):
         encode_corpus(Encoder(static_model), items, devices=["cpu"])
+
+
+ORPHAN = """
+import os, signal, sys, threading, time
+from taoemb import Catalog, Encoder, encode_corpus
+def die():
+    while not list(__import__("pathlib").Path(sys.argv[3]).glob("shard-*.npy")):
+        time.sleep(0.05)
+    import multiprocessing
+    print(" ".join(str(child.pid) for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    threading.Thread(target=die).start()
+    encode_corpus(Encoder(sys.argv[1]), Catalog.load(sys.argv[2]).items, sys.argv[3], shard_rows=1, devices=["cpu"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
+def test_processes_end_with_a_killed_parent(static_model, small_shop_folder, tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    root = str(Path(taoemb.__file__).parent.parent)
+    arguments = [
+        sys.executable,
+        str(tmp_path / "orphan.py"),
+        str(static_model),
+        str(small_shop_folder),
+        str(tmp_path / "s"),
+    ]
+    done = subprocess.run(
+        arguments, env={**os.environ, "PYTHONPATH": root}, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    children = [int(pid) for pid in done.stdout.split()]
+    assert children
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
