@@ -69,12 +69,14 @@ class Truth:
         return right / (k * len(positions))
 
 
-def tune(index: VectorIndex, truth: Truth, k: int, min_recall: float) -> float:
+def tune(index: VectorIndex, truth: Truth, k: int, min_recall: float, *, only_deeper: bool = False) -> float:
     """Set ``nprobe`` or ``efSearch`` to the smallest power of two with a recall@k of ``min_recall``, or to the largest where none
     has it; returns the recall. ``index`` is built over the truth's store. With ``min_recall`` 0, and for other kinds of index, it is
-    only measured.
+    only measured. ``only_deeper``: never less than what is set, for queries that are easier than real ones.
     """
     recall, values = 0.0, [{}] if not index.parameters or not min_recall else _values(index)
+    if only_deeper and index.parameters:
+        values = [index.parameters, *(v for v in values if max(v.values()) > max(index.parameters.values()))]
     for value in values:
         index.set_parameters(**value)
         recall = truth.recall(index.search_positions(truth.queries, k)[0], k)

@@ -257,8 +257,9 @@ class QuerySet(Sequence[Query]):
 
     @classmethod
     def load(cls, path: str | Path) -> QuerySet:
-        """Queries from one parquet, jsonl or csv file."""
-        return cls.from_table(read_table(Path(path), QUERIES), Path(path).name)
+        """Queries from one parquet, jsonl or csv file, or those of a catalog folder, none where it has none."""
+        file = _find(Path(path), "queries") if Path(path).is_dir() else Path(path)
+        return cls([]) if file is None else cls.from_table(read_table(file, QUERIES), file.name)
 
     @staticmethod
     def _rows(table: pa.Table, source: str) -> Iterator[Query]:

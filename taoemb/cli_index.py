@@ -12,8 +12,13 @@ from taoemb import __version__
 from taoemb.cli_shared import Backend, Out, told_apart
 
 if TYPE_CHECKING:
+    from taoemb.encoder import Encoder
     from taoemb.index.refresh import AnyIndex
     from taoemb.store import EmbeddingStore
+    from taoemb.types import FloatArray
+
+_PROBE = 200
+"""Queries on which the recall of a new index is measured; our choice."""
 
 index_app = typer.Typer(help="Build, refresh, search and check a search index.", no_args_is_help=True)
 
@@ -82,15 +87,36 @@ def index_refresh(
     if snapshots.source == source and not snapshots.verify():
         typer.echo(f"{folder}: nothing has changed since generation {snapshots.current}", err=True)
         return
-    index, what = _built(store, factory, memory, min_recall, truncate_dim, rescore)
+    index, what = _built(store, factory, memory, min_recall, truncate_dim, rescore, _some_queries(encoder, data))
     number = snapshots.publish(index, source=source)
     typer.echo(f"{folder}: generation {number}, {what} ({time.perf_counter() - start:.1f} s)", err=True)
 
 
+def _some_queries(encoder: Encoder, data: Path) -> FloatArray | None:
+    """Vectors of some of a catalog's own queries, None where it has none."""
+    import numpy as np
+
+    from taoemb.catalog import QuerySet
+
+    texts = QuerySet.load(data).texts
+    rows = np.random.default_rng(0).permutation(len(texts))[:_PROBE]
+    return encoder.encode_query([texts[row] for row in rows.tolist()]) if texts else None
+
+
 def _built(
-    store: EmbeddingStore, factory: str, memory: float, min_recall: float, truncate_dim: int | None, rescore: int
+    store: EmbeddingStore,
+    factory: str,
+    memory: float,
+    min_recall: float,
+    truncate_dim: int | None,
+    rescore: int,
+    queries: FloatArray | None = None,
 ) -> tuple[AnyIndex, str]:
-    """An index that finds enough, and a line that says what it is; raises ValueError where it does not."""
+    """An index that finds enough, and a line that says what it is; raises ValueError where it does not.
+
+    Without ``queries`` some are drawn from the items, which are found more easily than real ones: the index is then searched at
+    least as deeply as by default.
+    """
     from taoemb.index.exact import ExactIndex
     from taoemb.index.faiss_index import VectorIndex, auto_factory
     from taoemb.index.tuning import Truth, draw_queries, tune
@@ -103,10 +129,11 @@ def _built(
     if factory == "Flat" and truncate_dim is None and not rescore:
         return ExactIndex.build(store), f"exact search over {len(store):,} vectors"
     index = VectorIndex.build(store, factory, truncate_dim=truncate_dim, rescore=rescore, deterministic=True)
-    truth = Truth(store, draw_queries(store, 200), 10)
-    recall = tune(index, truth, 10, min_recall)
+    truth = Truth(store, draw_queries(store, _PROBE) if queries is None else queries, 10)
+    recall = tune(index, truth, 10, min_recall, only_deeper=queries is None)
     settings = "".join(f", {name} {value}" for name, value in index.parameters.items())
-    found = f"recall@10 {recall:.3f} on {len(truth.queries)} queries drawn from the items"
+    whose = "drawn from the items" if queries is None else "of the catalog"
+    found = f"recall@10 {recall:.3f} on {len(truth.queries)} queries {whose}"
     if recall < min_recall:
         raise ValueError(f"{factory}{settings}: {found}, less than --min-recall {min_recall:g}; take another --factory, a larger "
                          "--rescore, or ask for less")  # fmt: skip

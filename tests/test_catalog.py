@@ -461,3 +461,10 @@ def test_chorus_loads():
     assert any(item.attributes for item in catalog.items[:100])
     texts = ItemTemplate().texts(catalog.items[:2000])
     assert all(0 < len(text) <= 400 for text in texts)
+
+
+def test_queries_of_a_folder(small_shop, tmp_path):
+    small_shop.save(tmp_path / "with")
+    Catalog(small_shop.items).save(tmp_path / "without")
+    assert QuerySet.load(tmp_path / "with").texts == small_shop.queries.texts
+    assert len(QuerySet.load(tmp_path / "without")) == 0

@@ -451,6 +451,18 @@ def test_equal_items_are_equally_right():
     assert tune(index, Truth(store, unit(np.random.default_rng(1).normal(size=(50, D))), 10), 10, 1.0) == 1
 
 
+def test_only_deeper():
+    store = EmbeddingStore(IDS, [unit(np.random.default_rng(0).normal(size=(N, D)))], "")
+    easy = Truth(store, store.vectors[:30], 1)
+    index = VectorIndex.build(store, "IVF16,Flat", nprobe=5)
+    assert tune(index, easy, 1, 0.9, only_deeper=True) == 1
+    assert index.parameters == {"nprobe": 5}
+    assert tune(index, easy, 1, 0.9) == 1
+    assert index.parameters == {"nprobe": 1}
+    assert tune(index, Truth(store, draw_queries(store, 50), 10), 10, 1.0, only_deeper=True) == 1
+    assert index.parameters["nprobe"] > 5
+
+
 def test_nothing_asked_is_nothing_set():
     store = EmbeddingStore(IDS, [unit(np.random.default_rng(0).normal(size=(N, D)))], "")
     index = VectorIndex.build(store, "IVF16,Flat", nprobe=5)
