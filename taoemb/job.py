@@ -51,7 +51,8 @@ TABLES = ("items", "queries", "qrels", "clicks", "catalog")
 """Files of a catalog folder, without their endings."""
 System = Literal[
     "bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo",
-    "paper", "exact", "mixed", "positive_only", "kl_distill",
+    "paper", "exact", "mixed", "positive_only", "pl_rank",
+    "kl_optimum", "kl_distill", "listnet", "lambda", "infonce_hard", "dpo_pairs",
 ]  # fmt: skip
 
 

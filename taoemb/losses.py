@@ -24,14 +24,21 @@ def clipped_surrogate(
     return (weights_BK * torch.minimum(ratio * advantages_BK, clipped * advantages_BK)).sum(-1)
 
 
-def distillation(logp_BK: Tensor, total_rewards_BK: Tensor, temperature: float) -> Tensor:
+def distillation(
+    logp_BK: Tensor, total_rewards_BK: Tensor, temperature: float, logp_prior_BK: Tensor | None = None
+) -> Tensor:
     """``KL(softmax(r / t) || pi)`` of each group, ``[B]``, to be minimised: the rival of the policy gradient that learns
     the judge's own distribution over the group. A candidate whose reward is NaN is left out on both sides; a group with
-    fewer than two rewards costs nothing."""
+    fewer than two rewards costs nothing.
+
+    With a prior the target is ``pi_prior e^{r / t}``, normalised: the policy that maximises ``E[r] - t KL(pi || pi_prior)``
+    (Peters and Schaal, 2007), reached by fitting instead of by gradient ascent.
+    """
     valid = ~total_rewards_BK.isnan()
-    rewards = torch.where(valid, total_rewards_BK, -torch.inf)
+    prior_BK = 0.0 if logp_prior_BK is None else logp_prior_BK
+    rewards = torch.where(valid, total_rewards_BK / temperature + prior_BK, -torch.inf)
     logp = torch.log_softmax(torch.where(valid, logp_BK, -torch.inf), -1)
-    target_logp = torch.log_softmax(rewards / temperature, -1)
+    target_logp = torch.log_softmax(rewards, -1)
     cost = torch.where(valid, target_logp.exp() * (target_logp - logp), 0.0).sum(-1)
     return torch.where(valid.sum(-1) > 1, cost, 0.0)
 

@@ -28,7 +28,7 @@ from taoemb.contrastive import Positions, Positives, check_optimiser, check_posi
 from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
 from taoemb.index.refresh import Encode, IndexRefresher, RefreshConfig, RefreshMode, build_index
-from taoemb.policy import POLICY_ETA, candidate_weights, effective_rank, entropy, kl_divergence, log_probs
+from taoemb.policy import POLICY_ETA, candidate_weights, effective_rank, entropy, gumbel_top_k, kl_divergence, log_probs
 from taoemb.rewards import RelevanceReward, RewardConfig, gate, gather
 from taoemb.store import EmbeddingStore, encode_corpus, ids_hash
 from taoemb.tracking import Backend, Tracker
@@ -37,7 +37,10 @@ from taoemb.types import FloatArray, RewardFunction
 CONSOLE = ("loss", "reward/relevance/mean", "reward/quality/mean", "reward/exclusivity/mean", "kl", "overlap@K")
 PROBE = 256
 """Training queries on which the staleness of the index is measured at a refresh; our choice."""
-Policy = Literal["paper", "exact", "mixed", "positive_only", "kl_distill"]
+Policy = Literal[
+    "paper", "exact", "mixed", "positive_only", "pl_rank",
+    "kl_optimum", "kl_distill", "listnet", "lambda", "infonce_hard", "dpo_pairs",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class RetrievalGRPOConfig:
     embeddings; names follow TRL where TRL has the thing."""
 
     policy: Policy = "mixed"
-    """``paper`` as published, ``exact`` policy gradient, ``mixed`` of both, ``positive_only``; ``kl_distill`` is the rival
-    without a policy gradient: it learns the softmax of the rewards."""
+    """``paper`` as published, ``exact`` policy gradient, ``mixed`` of both, ``positive_only``, ``pl_rank`` for the discounted reward of
+    whole lists. Rivals without a policy gradient, on the same candidates and rewards: ``kl_optimum`` fits the best policy near the
+    stage-1 one, ``kl_distill`` learns the softmax of the rewards, ``listnet`` the same at temperature 1, ``lambda`` is LambdaRank,
+    ``infonce_hard`` sets good against bad candidates, ``dpo_pairs`` is DPO (R-GRPO's baseline)."""
     steps: int = 700
     """Retrievals; each is followed by ``num_iterations`` optimiser steps."""
     batch_size: int = 64
@@ -87,7 +92,13 @@ class RetrievalGRPOConfig:
     neg_adv_weight: float = 1.0
     """Factor on negative advantages; ``positive_only`` is 0."""
     distill_temperature: float = 0.2
-    """Temperature of the rewards' softmax in ``kl_distill``."""
+    """Temperature of the rewards' softmax in ``kl_distill`` and ``kl_optimum``."""
+    dpo_beta: float = 0.1
+    """Beta of ``dpo_pairs``."""
+    list_length: int = 10
+    """Places of a list in ``pl_rank``, discounted as in nDCG."""
+    list_samples: int = 16
+    """Lists that ``pl_rank`` draws of each group."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW: about 3e-3 for static embeddings, 1e-6 to 5e-6 for transformers."""
     warmup_ratio: float = 0.05
@@ -122,7 +133,7 @@ class RetrievalGRPOConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "overfetch", "temperature", "num_iterations", "learning_rate",
-                       "chunk_size", "save_steps", "distill_temperature")  # fmt: skip
+                       "chunk_size", "save_steps", "distill_temperature", "dpo_beta", "list_length", "list_samples")  # fmt: skip
         check_optimiser(self.warmup_ratio, self.max_grad_norm)
         choices = {"policy": Policy, "multi_objective_aggregation": Aggregation, "scale_rewards": Scale}
         for name, choice in choices.items():
@@ -355,10 +366,13 @@ class RetrievalGRPOTrainer:
             reference_UD = self.reference_ND[torch.from_numpy(distinct).to(device)]
             reference_BD = self.reference_QD[torch.from_numpy(group.queries).to(device)]
             reference_BK = torch.einsum("bd,bkd->bk", reference_BD, reference_UD[place_BK])
-            kl = kl_divergence(logp_BK, log_probs(reference_BK, config.temperature)).mean()
+            logp_reference_BK = log_probs(reference_BK, config.temperature)
+            kl = kl_divergence(logp_BK, logp_reference_BK).mean()
             if group.logp_old_BK is None:
                 group.logp_old_BK = logp_BK.detach()
-            objective, metrics = self.objective(logp_BK, group.logp_old_BK, torch.from_numpy(rewards).to(device))
+            objective, metrics = self.objective(
+                logp_BK, group.logp_old_BK, torch.from_numpy(rewards).to(device), logp_reference_BK, rng
+            )
             loss = -objective + config.beta * kl
             if self.positives is not None and len(paired):
                 masked = torch.from_numpy(self.positives.masked(group.queries[paired], positives, distinct)).to(device)
@@ -397,14 +411,20 @@ class RetrievalGRPOTrainer:
         negatives = rng.choice(len(self.item_texts), count, replace=False)
         return paired, self.positives.sample(group.queries[paired], rng), negatives
 
-    def objective(self, logp_BK: Tensor, logp_old_BK: Tensor, rewards_BKR: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def objective(
+        self,
+        logp_BK: Tensor,
+        logp_old_BK: Tensor,
+        rewards_BKR: Tensor,
+        logp_reference_BK: Tensor,
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, dict[str, float]]:
         """The policy's objective, to be maximised, mean over the batch; and what it says of the rewards."""
         config, weights_R = self.config, self.reward_weights_R.to(logp_BK.device)
         equal = zero_variance(rewards_BKR, weights_R)
         metrics = {"zero_variance_share": float(equal.float().mean())}
-        total_BK = total_reward(rewards_BKR, weights_R)
-        if config.policy == "kl_distill":
-            cost_B = losses.distillation(logp_BK, total_BK, config.distill_temperature)
+        if config.policy not in POLICY_ETA:
+            cost_B = self._cost(logp_BK, rewards_BKR, total_reward(rewards_BKR, weights_R), logp_reference_BK, rng)
             return -torch.where(equal, 0.0, cost_B).mean(), metrics
         weights_BK = candidate_weights(logp_old_BK, POLICY_ETA[config.policy])
         self._follow_std(rewards_BKR, weights_BK)
@@ -421,6 +441,38 @@ class RetrievalGRPOTrainer:
         surrogate_B = losses.clipped_surrogate(logp_BK, logp_old_BK, advantages_BK, weights_BK,
                                                config.epsilon, config.epsilon_high)  # fmt: skip
         return surrogate_B.mean(), metrics
+
+    def _cost(
+        self,
+        logp_BK: Tensor,
+        rewards_BKR: Tensor,
+        total_BK: Tensor,
+        logp_reference_BK: Tensor,
+        rng: np.random.Generator,
+    ) -> Tensor:
+        """The cost of each group, ``[B]``, where it is no sum of advantages."""
+        config = self.config
+        if config.policy == "kl_distill":
+            return losses.distillation(logp_BK, total_BK, config.distill_temperature)
+        if config.policy == "kl_optimum":
+            return losses.distillation(logp_BK, total_BK, config.distill_temperature, logp_reference_BK)
+        if config.policy == "listnet":
+            return losses.distillation(logp_BK, total_BK, 1.0)
+        if config.policy == "lambda":
+            return losses.lambda_loss(logp_BK, total_BK)
+        if config.policy == "dpo_pairs":
+            return losses.dpo_pairs(logp_BK, logp_reference_BK, total_BK, config.dpo_beta)
+        if config.policy == "infonce_hard":
+            judged = "relevance" in self.reward_names
+            values = rewards_BKR[..., self.reward_names.index("relevance")] if judged else total_BK
+            level = config.rewards.gate_threshold if judged else values.nanmean(-1, keepdim=True)
+            return losses.hard_negative_nce(logp_BK, values >= level, values < level)
+        length = min(config.list_length, logp_BK.shape[-1])
+        known = torch.where(total_BK.isnan(), total_BK.nanmean(-1, keepdim=True).nan_to_num(), total_BK)
+        generator = torch.Generator(logp_BK.device).manual_seed(int(rng.integers(2**31)))
+        lists = gumbel_top_k(logp_BK, config.list_samples, length, generator)
+        discounts = 1 / torch.log2(torch.arange(length, device=logp_BK.device) + 2.0)
+        return -losses.pl_rank(logp_BK, known, lists, discounts)
 
     def _follow_std(self, rewards_BKR: Tensor, weights_BK: Tensor) -> None:
         """Update each objective's running deviation from the groups in which at least two candidates have a reward."""

@@ -423,3 +423,18 @@ def test_dpo_pairs_by_loops():
     got = dpo_pairs(logp_BK, reference_BK, rewards_BK, 0.1)
     assert got.tolist() == pytest.approx([expected, 0.0], rel=1e-6)
     assert torch.isfinite(gradient(got.sum(), scores_BK)[0]).all()
+
+
+def test_the_prior_makes_the_target_the_optimum_of_reward_less_kl():
+    """No policy has a higher ``E[r] - t KL(pi || prior)`` than the target, and at the target the cost is 0."""
+    prior_BK, rewards_BK, t = log_probs(seeded(2, 5), 1.0), seeded(2, 5, seed=1), 0.7
+
+    def value(logp_BK):
+        return (logp_BK.exp() * (rewards_BK - t * (logp_BK - prior_BK))).sum(-1)
+
+    target_BK = torch.log_softmax(prior_BK + rewards_BK / t, -1)
+    assert torch.allclose(
+        distillation(target_BK, rewards_BK, t, prior_BK), torch.zeros(2, dtype=torch.float64), atol=1e-12
+    )
+    for seed in range(50):
+        assert (value(target_BK) >= value(log_probs(target_BK + 0.3 * seeded(2, 5, seed=seed), 1.0))).all()

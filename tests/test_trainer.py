@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from taoemb.index.channels import BM25Channel
 from taoemb.judge import OracleJudge
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, RewardConfig
 from taoemb.store import encode_corpus
-from taoemb.trainer import RetrievalGRPOConfig, RetrievalGRPOTrainer
+from taoemb.trainer import Policy, RetrievalGRPOConfig, RetrievalGRPOTrainer
 
 QUICK = {
     "steps": 12, "batch_size": 8, "num_candidates": 6, "global_negatives": 16, "save_steps": 5, "refresh_steps": 4,
@@ -433,7 +434,7 @@ def test_a_wrong_answer_ends_the_run(make, answer):
         make([wrong], steps=1).train()
 
 
-@pytest.mark.parametrize("policy", ["paper", "exact", "mixed", "positive_only", "kl_distill"])
+@pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("value", [0.7, 0.0, None])
 def test_equal_or_abstained_rewards_move_nothing_and_are_counted(make, policy, value):
     trainer = make([constant(value)], policy=policy, steps=2, **PLAIN)
@@ -603,7 +604,7 @@ def test_negative_advantages_can_be_turned_off(make):
     assert not same(weights_of(positive), weights_of(paper))
 
 
-@pytest.mark.parametrize("policy", ["paper", "exact", "mixed", "positive_only", "kl_distill"])
+@pytest.mark.parametrize("policy", get_args(Policy))
 def test_it_learns_from_the_reward_alone(make, small_shop, static_model, policy):
     """No InfoNCE, no forced positives: the judge is the only teacher."""
     trainer = make(policy=policy, steps=60, batch_size=48, num_candidates=24, random_candidates=4, infonce_weight=0,
@@ -662,7 +663,9 @@ def comparable(log):
     return [{key: value for key, value in line.items() if not key.startswith(("seconds/", "judge_"))} for line in log]
 
 
-@pytest.mark.parametrize("settings", [{}, RICH, {"index_factory": "HNSW8", "policy": "kl_distill"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, RICH, {"index_factory": "HNSW8", "policy": "kl_distill"}, {"policy": "pl_rank"}], ids=str
+)
 def test_T12_stage_2_interrupted_at_several_steps_ends_like_the_uninterrupted_run(make, small_shop, settings):
     """Bit for bit, weights and log: before the first checkpoint, between two, right after one, with a stale index."""
     quality = small_shop.items.column("quality")
