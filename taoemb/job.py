@@ -282,11 +282,13 @@ class TrainJob:
         chosen = config.rewards
         functions: list[tuple[RewardFunction, float]] = []
         if chosen.relevance or chosen.gate:
-            functions.append((RelevanceReward(self.judge), chosen.relevance))
+            relevance = RelevanceReward(self.judge, flips=chosen.flips, uncertain=chosen.uncertain)
+            functions.append((relevance, chosen.relevance))
         if chosen.quality:
             functions.append((QualityReward(self.quality_N), chosen.quality))
         if chosen.exclusivity:
-            reward = ExclusivityReward(list(self.channels.values()), chosen.exclusivity_mode, chosen.exclusivity_top_n)
+            reward = ExclusivityReward(list(self.channels.values()), chosen.exclusivity_mode, chosen.exclusivity_top_n,
+                                       chosen.exclusivity_softness)  # fmt: skip
             functions.append((reward, chosen.exclusivity))
         return [f for f, _ in functions], [w for _, w in functions]
 

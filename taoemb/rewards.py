@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ import numpy.typing as npt
 from taoemb.catalog import Item, Items, Query
 from taoemb.index.channels import BM25Channel, Channel, ranked_channels
 from taoemb.types import FloatArray, RelevanceJudge, RewardFunction
+
+ExclusivityMode = Literal["membership", "soft_rank", "lexical"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,17 @@ class RewardConfig:
     """Lowest relevance of a good item: half way between the values of grades 1 (.33) and 2 (.67)."""
     quality_column: str = "quality"
     """Numeric item column in [0, 1]; without it, how complete an item's data are within its category."""
-    exclusivity_mode: Literal["membership", "lexical"] = "membership"
-    """``membership``: 1 when no channel's Top-N holds the item; ``lexical``: 1 - term overlap with BM25's terms, the
-    published proxy."""
+    exclusivity_mode: ExclusivityMode = "membership"
+    """``membership``: 1 when no channel's Top-N holds the item; ``soft_rank``: rising from 0 to 1 around rank N; ``lexical``: 1 -
+    term overlap with BM25's terms, the published proxy."""
     exclusivity_top_n: int = 100
-    """N of ``membership``."""
+    """N of ``membership`` and ``soft_rank``."""
+    exclusivity_softness: float = 10.0
+    """T of ``soft_rank``: it is .27 at rank N - T, .5 at N, .73 at N + T."""
+    flips: tuple[float, float] = (0.0, 0.0)
+    """Shares in which the judge calls a bad item good and a good one bad; relevance is corrected by them."""
+    uncertain: tuple[float, float] = (0.0, 0.0)
+    """The judge's scores strictly between these two say nothing: the pair gets no relevance."""
 
     def __post_init__(self) -> None:
         for name in ("relevance", "quality", "exclusivity"):
@@ -54,19 +62,41 @@ class RewardConfig:
             raise ValueError("every reward weight is 0; give at least one of relevance, quality, exclusivity a weight")
         if not 0 <= self.gate_threshold <= 1:
             raise ValueError(f"gate_threshold={self.gate_threshold}: give a relevance from 0 to 1")
-        if self.exclusivity_mode not in ("membership", "lexical"):
-            raise ValueError(f"exclusivity_mode={self.exclusivity_mode!r}: give 'membership' or 'lexical'")
+        if self.exclusivity_mode not in get_args(ExclusivityMode):
+            raise ValueError(
+                f"exclusivity_mode={self.exclusivity_mode!r}: give one of {', '.join(get_args(ExclusivityMode))}"
+            )
+        if not 0 < self.exclusivity_softness < np.inf:
+            raise ValueError(f"exclusivity_softness={self.exclusivity_softness}: give more than 0 ranks")
+        if min(self.flips) < 0 or not sum(self.flips) < 1:
+            raise ValueError(f"flips={self.flips}: give two shares of 0 or more that sum to less than 1")
+        if not 0 <= self.uncertain[0] <= self.uncertain[1] <= 1:
+            raise ValueError(f"uncertain={self.uncertain}: give two scores from 0 to 1, the lower one first")
         if self.exclusivity_top_n < 1:
             raise ValueError(f"exclusivity_top_n={self.exclusivity_top_n}: give at least 1")
 
 
 class RelevanceReward:
-    """The judge's score of each pair, each distinct pair judged once in a run."""
+    """The judge's score of each pair, each distinct pair judged once in a run.
+
+    Args:
+        judge: gives scores in [0, 1].
+        flips: shares ``(rho_0, rho_1)`` in which a noisy judge calls a bad item good and a good one bad. The reward is then
+            ``(score - rho_0) / (1 - rho_0 - rho_1)``, whose mean is the reward without the noise (Natarajan et al., 2013); it can
+            leave [0, 1].
+        uncertain: scores strictly between these two abstain (our choice).
+    """
 
     __name__ = "relevance"
 
-    def __init__(self, judge: RelevanceJudge) -> None:
-        self.judge = judge
+    def __init__(
+        self,
+        judge: RelevanceJudge,
+        *,
+        flips: tuple[float, float] = (0.0, 0.0),
+        uncertain: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        self.judge, self.flips, self.uncertain = judge, flips, uncertain
         self.calls = 0
         self.hits = 0
         self._known: dict[tuple[int, int], float] = {}
@@ -80,7 +110,7 @@ class RelevanceReward:
         item_positions: npt.NDArray[np.int64],
         **_: Any,
     ) -> FloatArray:
-        """Relevance of ``N`` candidates in [0, 1], NaN where the judge abstains."""
+        """Relevance of ``N`` candidates, NaN where the judge abstains or is uncertain."""
         keys = list(zip(query_positions.tolist(), item_positions.tolist(), strict=True))
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
@@ -88,7 +118,9 @@ class RelevanceReward:
             self._known.update({keys[i]: float(score) for i, score in zip(new, verdicts.score, strict=True)})
         self.calls += len(new)
         self.hits += len(keys) - len(new)
-        return np.array([self._known[key] for key in keys], dtype=np.float32)
+        scores = np.array([self._known[key] for key in keys], dtype=np.float32)
+        scores[(scores > self.uncertain[0]) & (scores < self.uncertain[1])] = np.nan
+        return np.asarray((scores - self.flips[0]) / (1 - sum(self.flips)), dtype=np.float32)
 
 
 class QualityReward:
@@ -109,8 +141,9 @@ class ExclusivityReward:
 
     Args:
         channels: any channel, also your own, or several: what one of them finds is not exclusive.
-        mode: ``membership`` or ``lexical``, see `RewardConfig`.
-        top_n: N of ``membership``.
+        mode: see `RewardConfig`.
+        top_n: N of ``membership`` and ``soft_rank``.
+        softness: T of ``soft_rank``, in ranks.
 
     Raises:
         TypeError: one is no channel.
@@ -120,10 +153,10 @@ class ExclusivityReward:
     __name__ = "exclusivity"
 
     def __init__(
-        self, channels: Channel | Sequence[Channel], mode: Literal["membership", "lexical"], top_n: int
+        self, channels: Channel | Sequence[Channel], mode: ExclusivityMode, top_n: int, softness: float = 10.0
     ) -> None:
         self.channels = list(ranked_channels(channels).values())
-        self.mode, self.top_n = mode, top_n
+        self.mode, self.top_n, self.softness = mode, top_n, softness
         if mode == "lexical" and not (len(self.channels) == 1 and isinstance(self.channels[0], BM25Channel)):
             raise ValueError("exclusivity_mode='lexical' compares words, which one BM25Channel alone can do; got "
                              f"{[c.name for c in self.channels]}: use 'membership'")  # fmt: skip
@@ -137,12 +170,18 @@ class ExclusivityReward:
         **_: Any,
     ) -> FloatArray:
         """Exclusivity of ``N`` candidates in [0, 1]: ``lexical`` is 1 - term overlap [R-GRPO's proxy], ``membership``
-        is 1 for an item outside every channel's Top-``top_n``."""
+        is 1 for an item outside every channel's Top-``top_n``, and ``soft_rank`` is ``prod_c (1 - sigmoid((N - rank_c) / T))``, with
+        ranks looked up to ``N + 5 T`` and 1 beyond."""
         texts = [query.text for query in queries]
         if self.mode == "lexical":
             bm25 = cast(BM25Channel, self.channels[0])
             return 1.0 - bm25.term_overlap(texts, item_positions[:, None])[:, 0]
         ids = np.array([[item.id] for item in items], dtype=object).reshape(-1, 1)
+        if self.mode == "soft_rank":
+            depth = int(np.ceil(self.top_n + 5 * self.softness))
+            ranks = [channel.ranks(texts, ids, depth)[:, 0] for channel in self.channels]
+            kept = [np.where(rank > 0, 1 / (1 + np.exp((self.top_n - rank) / self.softness)), 1.0) for rank in ranks]
+            return np.asarray(np.prod(kept, axis=0), dtype=np.float32)
         known = np.logical_or.reduce([channel.membership(texts, ids, self.top_n)[:, 0] for channel in self.channels])
         return np.where(known, 0.0, 1.0).astype(np.float32)
 

@@ -35,12 +35,18 @@ from taoemb.tracking import Backend, Tracker
 from taoemb.types import FloatArray, RewardFunction
 
 CONSOLE = ("loss", "reward/relevance/mean", "reward/quality/mean", "reward/exclusivity/mean", "kl", "overlap@K")
+_WINDOW = 20
+"""Steps over which the effective rank is averaged at the start and at the end; our choice."""
 PROBE = 256
 """Training queries on which the staleness of the index is measured at a refresh; our choice."""
 Policy = Literal[
     "paper", "exact", "mixed", "positive_only", "pl_rank",
     "kl_optimum", "kl_distill", "listnet", "lambda", "infonce_hard", "dpo_pairs",
 ]  # fmt: skip
+
+
+class CollapseError(ValueError):
+    """The embeddings have fallen into few directions."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ class RetrievalGRPOConfig:
     """Share of an objective's running deviation that is added to each group's, against noise in almost equal rewards."""
     neg_adv_weight: float = 1.0
     """Factor on negative advantages; ``positive_only`` is 0."""
+    dead_zone: float = 0.0
+    """Advantages nearer to 0 than this are 0: differences that a noisy judge would not repeat."""
+    collapse_ratio: float = 0.3
+    """The run stops when the effective rank of the query batch, its mean over 20 steps, falls under this share of what it was at
+    the start; 0 leaves the alarm out."""
     distill_temperature: float = 0.2
     """Temperature of the rewards' softmax in ``kl_distill`` and ``kl_optimum``."""
     dpo_beta: float = 0.1
@@ -144,7 +155,16 @@ class RetrievalGRPOConfig:
         if not 0 <= self.random_candidates < self.num_candidates:
             raise ValueError(f"random_candidates={self.random_candidates}: give 0 to num_candidates - 1")
         _ = self.refresh
-        for name in ("beta", "infonce_weight", "anchor_weight", "std_floor", "global_negatives", "neg_adv_weight"):
+        for name in (
+            "beta",
+            "infonce_weight",
+            "anchor_weight",
+            "std_floor",
+            "global_negatives",
+            "neg_adv_weight",
+            "dead_zone",
+            "collapse_ratio",
+        ):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
         if not 0 < self.epsilon < 1 or not 0 < self.epsilon_high < np.inf:
@@ -216,6 +236,7 @@ class RetrievalGRPOTrainer:
         self.item_encodings = 0
         self._running_std_R = torch.zeros(len(self.reward_functions))
         self._seconds: dict[str, float] = {}
+        self._ranks: list[float] = []  # effective ranks of the first and the last steps
 
     def _known_positives(self) -> Positives | None:
         try:
@@ -228,7 +249,8 @@ class RetrievalGRPOTrainer:
     def train(self) -> int:
         """Run, or go on from the last checkpoint, to ``config.steps``; returns the item encodings spent.
 
-        Raises FloatingPointError when the loss or its gradient stops being a number; that step is not taken.
+        Raises FloatingPointError when the loss or its gradient stops being a number; that step is not taken. Raises
+        CollapseError when the embeddings collapse.
         """
         config, encoder = self.config, self.encoder
         encoder.model.eval()
@@ -257,6 +279,7 @@ class RetrievalGRPOTrainer:
                 for _ in range(config.num_iterations):
                     metrics = self.update(group, rewards_BKR, optimizer, np.random.default_rng([config.seed, step, 1]))
                 tracker.log(step, {**metrics, "learning_rate": rate, **self._health(step, group)})
+                self._check_collapse(step, metrics["effective_rank"])
                 if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
                     save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
                                     extra=self._extra(), arrays=self.refresher.state())  # fmt: skip
@@ -434,6 +457,7 @@ class RetrievalGRPOTrainer:
         )  # fmt: skip
         down = 0.0 if config.policy == "positive_only" else config.neg_adv_weight
         advantages_BK = torch.where(advantages_BK < 0, down * advantages_BK, advantages_BK)
+        advantages_BK = torch.where(advantages_BK.abs() < config.dead_zone, 0.0, advantages_BK)
         ratio = (logp_BK.detach() - logp_old_BK).exp()
         clipped = ((advantages_BK > 0) & (ratio > 1 + config.epsilon_high)
                    | (advantages_BK < 0) & (ratio < 1 - config.epsilon))  # fmt: skip
@@ -504,6 +528,19 @@ class RetrievalGRPOTrainer:
         metrics["item_encodings"] = float(self.item_encodings)
         return metrics | {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
 
+    def _check_collapse(self, step: int, effective_rank: float) -> None:
+        """Raises CollapseError when the queries' embeddings have fallen into few directions."""
+        ranks = self._ranks = [*self._ranks, effective_rank]
+        if len(ranks) > 2 * _WINDOW:
+            del ranks[_WINDOW]  # the first ones are what it began with
+            first, now = np.mean(ranks[:_WINDOW]), np.mean(ranks[_WINDOW:])
+            if now < self.config.collapse_ratio * first:
+                raise CollapseError(
+                    f"step {step}: the effective rank of the query embeddings has fallen from {first:.1f} to {now:.1f}: they "
+                    "collapse. Raise infonce_weight or beta, lower learning_rate, or take policy=exact; the last checkpoint is kept "
+                    "(collapse_ratio=0 turns this alarm off)"
+                )
+
     def _encoder_of_now(self) -> Encode:
         """Encodes items as the model stands at this moment; in the background, by a copy that training does not change."""
         encoder = self.encoder.copy() if self.config.refresh_async else self.encoder
@@ -545,6 +582,7 @@ class RetrievalGRPOTrainer:
         return {
             "item_encodings": self.item_encodings,
             "running_std": self._running_std_R.tolist(),
+            "effective_ranks": self._ranks,
         }
 
     def _restore(self, found: Any) -> int:
@@ -552,6 +590,7 @@ class RetrievalGRPOTrainer:
             return 0
         self.item_encodings = found.extra["item_encodings"]
         self._running_std_R = torch.tensor(found.extra["running_std"])
+        self._ranks = found.extra["effective_ranks"]
         self.refresher.restore(found.arrays)
         return int(found.step)
 

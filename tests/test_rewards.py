@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -291,7 +292,7 @@ def test_functions_get_the_documented_columns_aligned():
         ({"exclusivity": math.nan}, "exclusivity=nan: give a weight"),
         ({"relevance": 0, "quality": 0, "exclusivity": 0}, "every reward weight is 0"),
         ({"exclusivity_top_n": 0}, "exclusivity_top_n=0: give at least 1"),
-        ({"exclusivity_mode": "soft"}, "exclusivity_mode='soft': give 'membership' or 'lexical'"),
+        ({"exclusivity_mode": "soft"}, "exclusivity_mode='soft': give one of membership, soft_rank, lexical"),
         ({"gate_threshold": 1.5}, "gate_threshold=1.5: give a relevance from 0 to 1"),
         ({"gate_threshold": math.nan}, "gate_threshold=nan"),
     ],
@@ -308,3 +309,59 @@ def test_config_takes_a_single_objective():
 def test_a_quality_column_that_was_asked_for_must_be_there(small_shop):
     with pytest.raises(ValueError, match=r"quality_column='ratign': the items have no such column; they have \['id'"):
         item_quality(small_shop.items, "ratign")
+
+
+# Soft ranks, noisy and uncertain judges -----------------------------------------------------------------------------------
+
+
+def test_soft_rank_by_hand():
+    tops = {"a": {"q": [f"i{n}" for n in range(200)]}, "b": {"q": ["i50"]}}
+    channels = [RunChannel(name, top) for name, top in tops.items()]
+    reward = ExclusivityReward(channels, "soft_rank", 100, 10.0)
+    items = [Item(id=f"i{n}", title="t") for n in (0, 49, 50, 99, 109, 180, 900)]
+    got = reward(queries=[Query("1", "q")] * 7, items=items, item_positions=np.arange(7))
+
+    def kept(rank):
+        return 1 - 1 / (1 + math.exp(-(100 - rank) / 10))
+
+    expected = [kept(1), kept(50), kept(51) * kept(1), kept(100), kept(110), 1.0, 1.0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert expected[3] == 0.5
+
+
+def test_flips_are_corrected_in_the_mean():
+    """A judge that calls 10 % of the bad items good and 30 % of the good ones bad: the reward is right on average."""
+    rng, truth = np.random.default_rng(0), np.repeat([0.0, 1.0], 20_000)
+    noisy = np.where(rng.random(40_000) < np.where(truth, 0.3, 0.1), 1 - truth, truth)
+
+    class Noisy:
+        name, scheme = "noisy", None
+
+        def score(self, pairs):
+            return SimpleNamespace(score=noisy[: len(pairs)])
+
+    reward = RelevanceReward(Noisy(), flips=(0.1, 0.3))
+    places = np.arange(40_000)
+    got = reward(queries=[None] * 40_000, items=[None] * 40_000, query_positions=places, item_positions=places)
+    assert got[:20_000].mean() == pytest.approx(0, abs=0.02)
+    assert got[20_000:].mean() == pytest.approx(1, abs=0.02)
+    assert set(np.round(np.unique(got), 4)) == {np.float32(np.round(-0.1 / 0.6, 4)), np.float32(1.5)}
+
+
+def test_the_uncertain_middle_abstains():
+    reward = RelevanceReward(OracleJudge({"q": {"a": 0, "b": 1, "c": 2, "d": 3}}), uncertain=(0.2, 0.5))
+    items = [Item(id=i, title="t") for i in "abcd"]
+    got = reward(
+        queries=[Query("q", "x")] * 4, items=items, query_positions=np.zeros(4, int), item_positions=np.arange(4)
+    )
+    np.testing.assert_allclose(got, [0, np.nan, 2 / 3, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("setting", "words"), [
+    ({"flips": (0.5, 0.5)}, "sum to less than 1"), ({"flips": (-0.1, 0.0)}, "two shares of 0 or more"),
+    ({"uncertain": (0.6, 0.4)}, "the lower one first"), ({"exclusivity_softness": 0.0}, "more than 0 ranks"),
+    ({"exclusivity_mode": "fuzzy"}, "give one of membership, soft_rank, lexical"),
+])  # fmt: skip
+def test_new_settings_are_checked(setting, words):
+    with pytest.raises(ValueError, match=words):
+        RewardConfig(**setting)

@@ -25,7 +25,7 @@ from taoemb.index.channels import BM25Channel
 from taoemb.judge import OracleJudge
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, RewardConfig
 from taoemb.store import encode_corpus
-from taoemb.trainer import Policy, RetrievalGRPOConfig, RetrievalGRPOTrainer
+from taoemb.trainer import CollapseError, Policy, RetrievalGRPOConfig, RetrievalGRPOTrainer
 
 QUICK = {
     "steps": 12, "batch_size": 8, "num_candidates": 6, "global_negatives": 16, "save_steps": 5, "refresh_steps": 4,
@@ -763,3 +763,46 @@ def test_what_an_approximate_index_does_not_find_is_filled_at_random(make):
         assert group.items_BK.shape[1] > 75
         assert group.items_BK.min() >= 0
         assert all(len(set(row)) == len(row) for row in group.items_BK.tolist())
+
+
+# --- alarms -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_collapse_stops_the_run_and_names_the_remedy(make):
+    """A reward that draws every query to the same items, and nothing that holds it."""
+    trainer = make([lambda *, item_positions, **_: [-float(i) for i in item_positions]], steps=400, policy="paper",
+                   random_candidates=5, learning_rate=0.3, collapse_ratio=0.5, **PLAIN)  # fmt: skip
+    with pytest.raises(CollapseError, match=r"effective rank .* has fallen from .*Raise infonce_weight or beta"):
+        trainer.train()
+    assert len(log_of(trainer)) >= 40
+
+
+def test_the_alarm_can_be_turned_off_and_is_silent_in_a_healthy_run(make):
+    for settings in ({"collapse_ratio": 0.0}, {}):
+        make(steps=45, run=str(settings), **settings).train()
+
+
+def test_the_alarm_goes_on_after_a_resume(make):
+    trainer = make(steps=3)
+    for value in (8.0,) * 20 + (8.0,) * 20:
+        trainer._check_collapse(0, value)
+    again = make(steps=3, run="b")
+    again._ranks = list(trainer._extra()["effective_ranks"])
+    for _ in range(15):  # the mean of the last 20 is 2.75 then, over .3 of 8
+        again._check_collapse(50, 1.0)
+    with pytest.raises(CollapseError):
+        again._check_collapse(51, 0.5)
+
+
+def test_a_dead_zone_leaves_small_advantages_out(make, advantages, monkeypatch):
+    used, surrogate = [], taoemb.trainer.losses.clipped_surrogate
+
+    def recorded(logp_BK, logp_old_BK, advantages_BK, *rest):
+        used.append(advantages_BK)
+        return surrogate(logp_BK, logp_old_BK, advantages_BK, *rest)
+
+    monkeypatch.setattr(taoemb.trainer.losses, "clipped_surrogate", recorded)
+    make(steps=1, policy="paper", dead_zone=0.5).train()
+    small = advantages[0].abs() < 0.5
+    assert ((advantages[0] != 0) & small).any()
+    assert (used[0] == advantages[0].masked_fill(small, 0.0)).all()
