@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Aggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
-Scale: TypeAlias = Literal["group", "batch", "none"]
+Scale: TypeAlias = Literal["group", "batch", "rank", "none"]
 _EPS = 1e-4  # as in TRL; keeps a group of equal rewards at advantage 0
 
 
@@ -42,8 +42,11 @@ def normalize(values_BK: Tensor, weights_BK: Tensor, scale: Scale = "group", std
     """``A_i = (r_i - b) / (sigma + floor)``, 0 where the reward has abstained, ``[B, K]``.
 
     ``scale="group"`` divides by the group's deviation [R-GRPO, section on Retrieval-GRPO: mean and std over the K
-    candidates], ``"batch"`` by the mean deviation of the batch's groups, ``"none"`` not at all (mean only, Dr. GRPO).
+    candidates], ``"batch"`` by the mean deviation of the batch's groups, ``"none"`` not at all (mean only, Dr. GRPO). ``"rank"`` takes
+    the place of each reward in its group, 0 to 1 and equal ones alike, for the reward, which an outlier cannot stretch.
     """
+    if scale == "rank":
+        values_BK = ranks(values_BK)
     mean, std = group_moments(values_BK, weights_BK)
     centred = torch.where(_varies(values_BK), values_BK - mean, 0.0)  # else the mean's rounding error is scaled up
     if scale == "batch":
@@ -93,6 +96,20 @@ def group_advantages(
     if scale == "none":
         return total
     return total / (total.std() + _EPS) if total.numel() > 1 else total
+
+
+def ranks(values_BK: Tensor) -> Tensor:
+    """The place of each value among those of its group that are not NaN, from 0 (lowest) to 1, equal values in the middle of
+    theirs; .5 where there is only one, NaN where there is none.
+
+    >>> ranks(torch.tensor([[3.0, 1.0, 3.0, 2.0, 2.5]])).tolist()
+    [[0.875, 0.0, 0.875, 0.25, 0.5]]
+    """
+    below = (values_BK[:, :, None] > values_BK[:, None]).sum(-1)  # comparisons with NaN are False
+    equal = (values_BK[:, :, None] == values_BK[:, None]).sum(-1)
+    others = (~values_BK.isnan()).sum(-1, keepdim=True) - 1
+    places = torch.where(others > 0, (below + (equal - 1) / 2) / others.clamp_min(1), 0.5)
+    return torch.where(values_BK.isnan(), torch.nan, places.to(values_BK.dtype))
 
 
 def zero_variance(rewards_BKR: Tensor, reward_weights_R: Tensor) -> Tensor:

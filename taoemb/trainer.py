@@ -92,7 +92,8 @@ class RetrievalGRPOConfig:
     multi_objective_aggregation: Aggregation = "normalize_then_sum"
     """``sum_then_normalize`` as published, or each objective on its own first (GDPO)."""
     scale_rewards: Scale = "group"
-    """Divide advantages by the deviation of the ``group`` (as published), of the ``batch``, or not at all (``none``)."""
+    """Divide advantages by the deviation of the ``group`` (as published), of the ``batch``, or not at all (``none``); ``rank`` takes the
+    place of a reward in its group for the reward."""
     std_floor: float = 0.25
     """Share of an objective's running deviation that is added to each group's, against noise in almost equal rewards."""
     neg_adv_weight: float = 1.0
@@ -102,6 +103,10 @@ class RetrievalGRPOConfig:
     collapse_ratio: float = 0.3
     """The run stops when the effective rank of the query batch, its mean over 20 steps, falls under this share of what it was at
     the start; 0 leaves the alarm out."""
+    constraint_rate: float = 0.0
+    """Above 0, relevance (the first reward) is maximised under the constraint that no other objective falls under its level at the
+    start: each step raises the weight of one that has by this rate times the gap, and lowers that of one that has not, down
+    to 0. The weights given are where they begin."""
     distill_temperature: float = 0.2
     """Temperature of the rewards' softmax in ``kl_distill`` and ``kl_optimum``."""
     dpo_beta: float = 0.1
@@ -164,6 +169,7 @@ class RetrievalGRPOConfig:
             "neg_adv_weight",
             "dead_zone",
             "collapse_ratio",
+            "constraint_rate",
         ):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
@@ -236,6 +242,7 @@ class RetrievalGRPOTrainer:
         self.item_encodings = 0
         self._running_std_R = torch.zeros(len(self.reward_functions))
         self._seconds: dict[str, float] = {}
+        self._levels: list[list[float]] = []  # of the objectives at the start, where there are constraints
         self._ranks: list[float] = []  # effective ranks of the first and the last steps
 
     def _known_positives(self) -> Positives | None:
@@ -393,6 +400,7 @@ class RetrievalGRPOTrainer:
             kl = kl_divergence(logp_BK, logp_reference_BK).mean()
             if group.logp_old_BK is None:
                 group.logp_old_BK = logp_BK.detach()
+            self._follow_constraints(logp_BK.detach())
             objective, metrics = self.objective(
                 logp_BK, group.logp_old_BK, torch.from_numpy(rewards).to(device), logp_reference_BK, rng
             )
@@ -513,6 +521,8 @@ class RetrievalGRPOTrainer:
             known = values[~np.isnan(values)]
             metrics[f"reward/{name}/mean"] = float(known.mean()) if known.size else float("nan")
             metrics[f"reward/{name}/std"] = float(known.std()) if known.size else float("nan")
+            if self.config.constraint_rate:
+                metrics[f"reward/{name}/weight"] = float(self.reward_weights_R[r])
             metrics[f"reward/{name}/abstained"] = 1 - known.size / max(1, values.size)
         counts = np.unique(group.items_BK, return_counts=True)[1]
         spread = counts.std()
@@ -527,6 +537,22 @@ class RetrievalGRPOTrainer:
                 metrics["judge_cache_hit_rate"] = function.hits / max(1, function.hits + function.calls)
         metrics["item_encodings"] = float(self.item_encodings)
         return metrics | {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+
+    def _follow_constraints(self, logp_BK: Tensor) -> None:
+        """Dual ascent on the weights of all rewards but the first (Lagrange multipliers, never negative): the level of an
+        objective is its mean under the policy, ``sum_i pi_i r_i`` over the batch, before the gate."""
+        if not self.config.constraint_rate:
+            return
+        rewards_BKR = torch.from_numpy(self._raw_rewards).to(logp_BK.device)
+        known = ~rewards_BKR.isnan()
+        mass_BKR = torch.where(known, logp_BK.exp()[..., None], 0.0)
+        levels_R = ((mass_BKR * rewards_BKR.nan_to_num()).sum((0, 1)) / mass_BKR.sum((0, 1)).clamp_min(1e-12)).cpu()
+        if len(self._levels) < _WINDOW:
+            self._levels.append(levels_R.tolist())
+            return
+        gaps_R = torch.tensor(self._levels).mean(0) - levels_R
+        gaps_R[0] = 0.0
+        self.reward_weights_R = (self.reward_weights_R + self.config.constraint_rate * gaps_R).clamp_min(0.0)
 
     def _check_collapse(self, step: int, effective_rank: float) -> None:
         """Raises CollapseError when the queries' embeddings have fallen into few directions."""
@@ -583,6 +609,8 @@ class RetrievalGRPOTrainer:
             "item_encodings": self.item_encodings,
             "running_std": self._running_std_R.tolist(),
             "effective_ranks": self._ranks,
+            "levels": self._levels,
+            "reward_weights": self.reward_weights_R.tolist(),
         }
 
     def _restore(self, found: Any) -> int:
@@ -590,7 +618,8 @@ class RetrievalGRPOTrainer:
             return 0
         self.item_encodings = found.extra["item_encodings"]
         self._running_std_R = torch.tensor(found.extra["running_std"])
-        self._ranks = found.extra["effective_ranks"]
+        self._ranks, self._levels = found.extra["effective_ranks"], found.extra["levels"]
+        self.reward_weights_R = torch.tensor(found.extra["reward_weights"])
         self.refresher.restore(found.arrays)
         return int(found.step)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taoemb.advantages import group_advantages, group_moments, normalize, total_reward, zero_variance
+from taoemb.advantages import group_advantages, group_moments, normalize, ranks, total_reward, zero_variance
 
 NAN = math.nan
 BOTH = pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
@@ -242,3 +242,27 @@ def test_a_good_item_of_unknown_quality_stays_ahead_of_a_bad_one_in_the_total():
 def test_normalize_adds_the_floor_to_the_deviation():
     got = normalize(torch.tensor([[0.0, 2.0]]), uniform(1, 2), "group", std_floor=math.sqrt(2))
     assert got[0].tolist() == pytest.approx([-1 / (2 * math.sqrt(2)), 1 / (2 * math.sqrt(2))], rel=1e-3)
+
+
+@given(st.lists(st.one_of(st.floats(-5, 5), st.just(math.nan)), min_size=1, max_size=9))
+def test_ranks_by_loops(values):
+    got = ranks(torch.tensor([values], dtype=torch.float64))[0].tolist()
+    known = [v for v in values if not math.isnan(v)]
+    for value, rank in zip(values, got, strict=True):
+        if math.isnan(value):
+            assert math.isnan(rank)
+        elif len(known) == 1:
+            assert rank == 0.5
+        else:
+            below, equal = sum(v < value for v in known), sum(v == value for v in known)
+            assert rank == pytest.approx((below + (equal - 1) / 2) / (len(known) - 1))
+
+
+def test_rank_advantages_do_not_see_how_far_apart_rewards_are():
+    weights = torch.full((1, 4), 0.25)
+    one, other = (
+        normalize(torch.tensor([row]), weights, "rank") for row in ([0.1, 0.2, 0.3, 0.9], [0.0, 0.01, 0.5, 100.0])
+    )
+    assert torch.equal(one, other)
+    assert one.sum().abs() < 1e-5
+    assert (normalize(torch.tensor([[0.4] * 4]), weights, "rank") == 0).all()

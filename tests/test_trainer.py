@@ -152,7 +152,7 @@ def toy(words, items, queries, grade=3):
     [
         ({"policy": "papr"}, "policy='papr': give one of paper, exact"),
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum': give one of sum_then_normalize"),
-        ({"scale_rewards": "std"}, "scale_rewards='std': give one of group, batch, none"),
+        ({"scale_rewards": "std"}, "scale_rewards='std': give one of group, batch, rank, none"),
         ({"num_candidates": 1}, "num_candidates=1: a group needs at least 2"),
         ({"num_candidates": 4, "random_candidates": 4}, "random_candidates=4: give 0 to num_candidates - 1"),
         ({"beta": -1}, "beta=-1: give 0 or more"),
@@ -664,10 +664,15 @@ def comparable(log):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, RICH, {"index_factory": "HNSW8", "policy": "kl_distill"}, {"policy": "pl_rank"}], ids=str
+    "settings",
+    [{}, RICH, {"index_factory": "HNSW8", "policy": "kl_distill"}, {"policy": "pl_rank"}, {"constraint_rate": 0.5}],
+    ids=str,
 )
-def test_T12_stage_2_interrupted_at_several_steps_ends_like_the_uninterrupted_run(make, small_shop, settings):
+def test_T12_stage_2_interrupted_at_several_steps_ends_like_the_uninterrupted_run(
+    make, small_shop, settings, monkeypatch
+):
     """Bit for bit, weights and log: before the first checkpoint, between two, right after one, with a stale index."""
+    monkeypatch.setattr(taoemb.trainer, "_WINDOW", 2)  # the weights of constraints move from step 2 on
     quality = small_shop.items.column("quality")
 
     def trainer(run, last=math.inf):
@@ -806,3 +811,45 @@ def test_a_dead_zone_leaves_small_advantages_out(make, advantages, monkeypatch):
     small = advantages[0].abs() < 0.5
     assert ((advantages[0] != 0) & small).any()
     assert (used[0] == advantages[0].masked_fill(small, 0.0)).all()
+
+
+# --- constraints ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_follow_the_constraints_by_hand(make):
+    trainer = make([constant(0.3), constant(0.5)], [1.0, 0.2], steps=1, constraint_rate=0.1)
+    logp_BK = torch.log(torch.tensor([[0.75, 0.25]]))
+
+    def levels(quality):
+        trainer._raw_rewards = np.array([[[1.0, quality[0]], [0.0, quality[1]]]], dtype=np.float32)
+        trainer._follow_constraints(logp_BK)
+        return trainer.reward_weights_R.tolist()
+
+    for _ in range(20):
+        assert levels([0.8, 0.4]) == [1.0, pytest.approx(0.2)]  # the level at the start: .75 x .8 + .25 x .4 = .7
+    assert levels([0.4, 0.4]) == [1.0, pytest.approx(0.2 + 0.1 * (0.7 - 0.4))]
+    assert levels([np.nan, 0.4]) == [1.0, pytest.approx(0.23 + 0.1 * (0.7 - 0.4))]  # of what is known
+    assert levels([1.0, 1.0]) == [1.0, pytest.approx(0.26 - 0.1 * (1.0 - 0.7))]
+    for _ in range(30):
+        last = levels([1.0, 1.0])
+    assert last == [1.0, 0.0]  # never negative
+
+
+def test_a_constraint_holds_an_objective_that_relevance_would_give_up(make, small_shop):
+    """Quality that runs against relevance: without the constraint it falls."""
+    catalog = small_shop
+    grades = {q.id: catalog.qrels.get(q.id, {}) for q in catalog.queries}
+
+    def against(*, queries, items, **_):
+        return [1.0 - grades[q.id].get(i.id, 0) / 3 for q, i in zip(queries, items, strict=True)]
+
+    def level(**settings):
+        trainer = make([relevance(catalog), against], [1.0, 0.05], steps=80, batch_size=32, num_candidates=16, infonce_weight=0,
+                       learning_rate=0.01, run=str(settings), rewards=RewardConfig(gate=False), **settings)  # fmt: skip
+        trainer.train()
+        return np.mean(curve(trainer, "reward/against/mean")[-10:]), trainer
+
+    free, _ = level()
+    held, trainer = level(constraint_rate=2.0)
+    assert held > free + 0.02
+    assert curve(trainer, "reward/against/weight")[-1] > 0.05
