@@ -4,8 +4,8 @@
         --conditions benchmarks/conditions/policies.yaml --out runs/ablation
 
 ``--runs`` are finished run folders that differ in their seed (`benchmarks/seeds.py` makes them): each gives its stage-1 model, its
-catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ; ``stage1`` is always a row, and so is ``default``,
-the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
+catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the
+`flip_noise` of an oracle judge; ``stage1`` is always a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
 ``default`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
 
@@ -25,6 +25,8 @@ from taoemb.evaluation import paired_bootstrap
 from taoemb.files import read_json, write_json
 from taoemb.index.exact import ExactIndex
 from taoemb.job import TrainConfig, TrainJob
+from taoemb.judge import OracleJudge
+from taoemb.rewards import RelevanceReward
 from taoemb.store import encode_corpus
 from taoemb.trainer import RetrievalGRPOTrainer
 
@@ -59,9 +61,13 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
     """Train one condition (None: nothing, stage 1 as it is) and evaluate it query by query."""
     encoder, encodings = job.encoder("stage1"), 0
     if settings is not None:
-        overrides = [f"stage2.{key}={value}" for key, value in settings.items()]
+        overrides = [f"stage2.{key}={value}" for key, value in settings.items() if key != "noise"]
         config = load_config(TrainConfig, run / "config.yaml", overrides).stage2
         functions, weights = job._rewards(config)
+        for function in functions:
+            if isinstance(function, RelevanceReward) and "noise" in settings:
+                oracle = function.judge  # of the generated shop; another kind of judge has noise of its own
+                function.judge = OracleJudge(oracle.qrels, oracle.unjudged, flip_noise=settings["noise"])
         trainer = RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, config, run_dir=folder, name="stage2",
                                        trackers=("jsonl",))  # fmt: skip
         encodings = trainer.train()
