@@ -392,8 +392,9 @@ class TrainJob:
             return MeanJudge([SoftLogicJudge(items), cosine])
         pairs, grades = self._graded_pairs(self.calibration_queries)
         ensemble = EnsembleJudge(PairFeatures(items, [cosine]))
-        say(f"judge: ensemble fitted on {len(pairs)} graded pairs of {len(self.calibration_queries)} queries, "
-            f"cross-validated by query: {ensemble.cross_validate(pairs, grades)}")  # fmt: skip
+        held_out = ensemble.cross_validate(pairs, grades)
+        say(f"judge: ensemble fitted on {len(pairs)} graded pairs of {len(self.calibration_queries)} queries; cross-validated by "
+            f"query: AUC {held_out.auc:.3f}, calibration error {held_out.calibration_error:.3f}")  # fmt: skip
         return ensemble.fit(pairs, grades)
 
     def _graded_pairs(self, query_ids: Sequence[str]) -> tuple[list[Any], list[int]]:

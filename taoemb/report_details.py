@@ -286,7 +286,11 @@ METRICS = {  # name before @, in the order of the table
 TERMS = {
     "good": "A grade of 2 or 3. Grades: 3 excellent, 2 related, 1 mismatch, 0 irrelevant.",
     "stage1_continued": "The control: stage 1 trained on for as many item encodings as retrieval_grpo spent.",
-    "kl_distill": "The rival without a policy gradient: learns the softmax of the same rewards on its candidates.",
+    "paper, exact, mixed, positive_only, pl_rank": "Policies: the published gradient, the exact one, half of each, without "
+    "negative advantages, and PL-Rank for the reward of a whole list.",
+    "kl_distill, kl_optimum, listnet, lambda, infonce_hard, dpo_pairs": "Rivals without a policy gradient on the same candidates "
+    "and rewards: the softmax of the rewards is learned, alone or times the stage-1 policy, ListNet, LambdaRank, good "
+    "candidates against bad ones, DPO on pairs.",
     "paired bootstrap": "Resamples the test queries and asks how often a difference as large would appear if the systems "
     "were equal.",
 }
