@@ -62,6 +62,7 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
     encoder, encodings = job.encoder("stage1"), 0
     if settings is not None:
         overrides = [f"stage2.{key}={value}" for key, value in settings.items() if key != "noise"]
+        overrides.append("systems=[stage1,retrieval_grpo]")  # the run may have rows of policies
         config = load_config(TrainConfig, run / "config.yaml", overrides).stage2
         functions, weights = job._rewards(config)
         for function in functions:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from taoemb import losses
+from taoemb import early_stopping, losses
 from taoemb.advantages import Aggregation, Scale, group_advantages, group_moments, total_reward, zero_variance
 from taoemb.catalog import Catalog
 from taoemb.checkpoint import load_checkpoint, save_checkpoint
 from taoemb.contrastive import Positions, Positives, check_optimiser, check_positive, make_optimizer, set_learning_rate
+from taoemb.early_stopping import EarlyStopping
 from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
 from taoemb.index.refresh import Encode, IndexRefresher, RefreshConfig, RefreshMode, build_index
@@ -142,6 +143,11 @@ class RetrievalGRPOConfig:
     """Texts per forward and backward pass (GradCache); lower it when memory is short."""
     save_steps: int = 100
     """Steps between checkpoints."""
+    eval_steps: int = 0
+    """Steps between evaluations on the graded queries of split ``validation``, each of which encodes the catalog; 0: none. The model
+    at the end is then that of the last one on the Pareto front of Recall@100 and Goodrate@10."""
+    eval_patience: int = 3
+    """Training stops when so many evaluations in a row were at most as good in both figures as an earlier one."""
     seed: int = 0
     """Of every random choice."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
@@ -149,7 +155,7 @@ class RetrievalGRPOConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "overfetch", "temperature", "num_iterations", "learning_rate",
-                       "chunk_size", "save_steps", "distill_temperature", "dpo_beta", "list_length", "list_samples")  # fmt: skip
+                       "chunk_size", "save_steps", "distill_temperature", "dpo_beta", "list_length", "list_samples", "eval_patience")  # fmt: skip
         check_optimiser(self.warmup_ratio, self.max_grad_norm)
         choices = {"policy": Policy, "multi_objective_aggregation": Aggregation, "scale_rewards": Scale}
         for name, choice in choices.items():
@@ -170,6 +176,7 @@ class RetrievalGRPOConfig:
             "dead_zone",
             "collapse_ratio",
             "constraint_rate",
+            "eval_steps",
         ):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
@@ -241,6 +248,12 @@ class RetrievalGRPOTrainer:
         self.positives = self._known_positives()
         self.item_encodings = 0
         self._running_std_R = torch.zeros(len(self.reward_functions))
+        self.probe_queries = catalog.queries.select("validation", catalog.qrels)
+        if self.config.eval_steps and not len(self.probe_queries):
+            raise ValueError(
+                f"eval_steps={self.config.eval_steps} needs graded queries of split 'validation'; the catalog has none"
+            )
+        self.stopping = EarlyStopping(self.config.eval_patience)
         self._seconds: dict[str, float] = {}
         self._levels: list[list[float]] = []  # of the objectives at the start, where there are constraints
         self._ranks: list[float] = []  # effective ranks of the first and the last steps
@@ -277,6 +290,8 @@ class RetrievalGRPOTrainer:
         with closing(self.refresher), Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,
                      total_steps=config.steps, console_every=50, console_keys=CONSOLE) as tracker:  # fmt: skip
             for step in range(start, config.steps):
+                if self.stopping.over:
+                    break
                 self._seconds = {}
                 rng = np.random.default_rng([config.seed, step])
                 self._refresh_if_due(step)
@@ -285,12 +300,29 @@ class RetrievalGRPOTrainer:
                 rewards_BKR = self.judge(group)
                 for _ in range(config.num_iterations):
                     metrics = self.update(group, rewards_BKR, optimizer, np.random.default_rng([config.seed, step, 1]))
-                tracker.log(step, {**metrics, "learning_rate": rate, **self._health(step, group)})
+                evaluated = self._evaluate(step + 1)
+                tracker.log(step, {**metrics, "learning_rate": rate, **self._health(step, group), **evaluated})
                 self._check_collapse(step, metrics["effective_rank"])
-                if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
+                if (step + 1) % config.save_steps == 0 or step + 1 == config.steps or self.stopping.over:
                     save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
                                     extra=self._extra(), arrays=self.refresher.state())  # fmt: skip
+        if self.stopping.points:
+            encoder.model.load_state_dict(Encoder(self._best).model.state_dict())
         return self.item_encodings
+
+    @property
+    def _best(self) -> Path:
+        return self.run_dir / "checkpoints" / f"{self.name}-best"
+
+    def _evaluate(self, steps: int) -> dict[str, float]:
+        """Where an evaluation is due, its figures; the model is kept where they are on the Pareto front."""
+        if not self.config.eval_steps or steps % self.config.eval_steps:
+            return {}
+        with self._timed("evaluate"):
+            point = early_stopping.probe(self.encoder, self.catalog, self.probe_queries)
+            if self.stopping.improves(point):
+                self.encoder.save(self._best)
+        return {f"eval/{name}": value for name, value in zip(early_stopping.METRICS, point, strict=True)}
 
     def _refresh_if_due(self, step: int) -> None:
         encoded = self.refresher.encoded
@@ -610,6 +642,8 @@ class RetrievalGRPOTrainer:
             "running_std": self._running_std_R.tolist(),
             "effective_ranks": self._ranks,
             "levels": self._levels,
+            "evaluations": self.stopping.points,
+            "waited": self.stopping.waited,
             "reward_weights": self.reward_weights_R.tolist(),
         }
 
@@ -620,6 +654,8 @@ class RetrievalGRPOTrainer:
         self._running_std_R = torch.tensor(found.extra["running_std"])
         self._ranks, self._levels = found.extra["effective_ranks"], found.extra["levels"]
         self.reward_weights_R = torch.tensor(found.extra["reward_weights"])
+        points = [tuple(point) for point in found.extra["evaluations"]]
+        self.stopping = EarlyStopping(self.config.eval_patience, points, found.extra["waited"])
         self.refresher.restore(found.arrays)
         return int(found.step)
 

@@ -1,5 +1,6 @@
 """Stage 2 on a small shop: the groups, the update against hand-made gradients, the gate, costs, and resuming to the bit."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -16,10 +17,12 @@ import pytest
 import torch
 
 import taoemb.trainer
+from taoemb import early_stopping
 from taoemb.advantages import group_advantages
 from taoemb.catalog import Catalog
 from taoemb.checkpoint import CheckpointError
 from taoemb.contrastive import ContrastiveConfig, Positives, train_contrastive
+from taoemb.early_stopping import EarlyStopping
 from taoemb.encoder import Encoder
 from taoemb.index.channels import BM25Channel
 from taoemb.judge import OracleJudge
@@ -853,3 +856,64 @@ def test_a_constraint_holds_an_objective_that_relevance_would_give_up(make, smal
     held, trainer = level(constraint_rate=2.0)
     assert held > free + 0.02
     assert curve(trainer, "reward/against/weight")[-1] > 0.05
+
+
+# --- evaluation and early stopping ------------------------------------------------------------------------------------
+
+
+def test_stopping_by_hand():
+    stopping = EarlyStopping(patience=2)
+    points = [(0.5, 0.5), (0.6, 0.4), (0.5, 0.4), (0.7, 0.1), (0.6, 0.4), (0.7, 0.1)]
+    assert [stopping.improves(point) for point in points] == [True, True, False, True, False, False]
+    assert stopping.over
+    assert not EarlyStopping(patience=2, points=points, waited=1).over
+
+
+def test_the_probe_is_what_evaluation_says(small_shop, static_model):
+    encoder, queries = Encoder(static_model), small_shop.queries.select("validation")
+    vectors = encoder.encode_document(small_shop.items)
+    recall, goodrate = [], []
+    for query in queries:
+        order = np.argsort(-(vectors @ encoder.encode_query([query.text])[0]), kind="stable")
+        grades = np.array([small_shop.qrels[query.id].get(small_shop.items.ids[i], 0) for i in order])
+        recall.append((grades[:100] >= 2).sum() / (grades >= 2).sum())
+        goodrate.append((grades[:10] >= 2).mean())
+    got = early_stopping.probe(encoder, small_shop, queries)
+    assert got == (pytest.approx(np.nanmean(recall)), pytest.approx(np.mean(goodrate)))
+
+
+def scripted(monkeypatch, points):
+    """Evaluations that give these points in turn; returns the weights at each."""
+    left, seen = list(points), []
+
+    def probe(encoder, *_):
+        seen.append({name: tensor.clone() for name, tensor in encoder.model.state_dict().items()})
+        return left.pop(0)
+
+    monkeypatch.setattr(early_stopping, "probe", probe)
+    return seen
+
+
+def test_training_stops_and_ends_with_the_best_model(make, monkeypatch):
+    seen = scripted(monkeypatch, [(0.1, 0.1), (0.3, 0.2), (0.2, 0.2), (0.3, 0.1), (0.9, 0.9)])
+    trainer = make(steps=50, eval_steps=2, eval_patience=2)
+    trainer.train()
+    assert len(log_of(trainer)) == 8  # two evaluations after the best, which came after step 4
+    assert [line["eval/recall@100"] for line in log_of(trainer) if "eval/recall@100" in line] == [0.1, 0.3, 0.2, 0.3]
+    assert same(weights_of(trainer), seen[1])
+    assert not same(seen[1], seen[3])
+
+
+def test_a_run_that_stopped_does_not_go_on(make, monkeypatch):
+    scripted(monkeypatch, [(0.3, 0.3), (0.2, 0.2)])
+    trainer = make(steps=50, eval_steps=2, eval_patience=1)
+    trainer.train()
+    again = make(steps=50, eval_steps=2, eval_patience=1)
+    again.train()
+    assert len(log_of(again)) == 4
+    assert same(weights_of(trainer), weights_of(again))
+
+
+def test_evaluation_needs_graded_queries(make, small_shop):
+    with pytest.raises(ValueError, match="eval_steps=2 needs graded queries of split 'validation'"):
+        make(eval_steps=2, catalog=dataclasses.replace(small_shop, qrels={}))
