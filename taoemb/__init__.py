@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from taoemb.index.exact import ExactIndex
     from taoemb.index.faiss_index import VectorIndex
     from taoemb.store import EmbeddingStore, encode_corpus
-    from taoemb.trainer import RetrievalGRPOConfig, RetrievalGRPOTrainer
+    from taoemb.trainer import RetrievalGRPOTrainer
+    from taoemb.trainer_config import RetrievalGRPOConfig
 
 __all__ = [
     "Catalog",
@@ -46,7 +47,7 @@ _OWNERS = {  # public name -> the module that defines it
     "Encoder": "taoemb.encoder",
     "ExactIndex": "taoemb.index.exact",
     "ItemTemplate": "taoemb.catalog",
-    "RetrievalGRPOConfig": "taoemb.trainer",
+    "RetrievalGRPOConfig": "taoemb.trainer_config",
     "RetrievalGRPOTrainer": "taoemb.trainer",
     "VectorIndex": "taoemb.index.faiss_index",
     "encode_corpus": "taoemb.store",

@@ -42,7 +42,8 @@ from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, it
 from taoemb.store import encode_corpus
 from taoemb.tables import write_table
 from taoemb.tracking import Backend
-from taoemb.trainer import Policy, RetrievalGRPOConfig, RetrievalGRPOTrainer
+from taoemb.trainer import RetrievalGRPOTrainer
+from taoemb.trainer_config import Policy, RetrievalGRPOConfig
 from taoemb.types import RelevanceJudge, RewardFunction
 
 JUDGE_TEMPLATE = ItemTemplate(fields=("title", "brand", "description"))

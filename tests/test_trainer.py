@@ -28,7 +28,8 @@ from taoemb.index.channels import BM25Channel
 from taoemb.judge import OracleJudge
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, RewardConfig
 from taoemb.store import encode_corpus
-from taoemb.trainer import CollapseError, Policy, RetrievalGRPOConfig, RetrievalGRPOTrainer
+from taoemb.trainer import CollapseError, RetrievalGRPOTrainer
+from taoemb.trainer_config import Policy, RetrievalGRPOConfig
 
 QUICK = {
     "steps": 12, "batch_size": 8, "num_candidates": 6, "global_negatives": 16, "save_steps": 5, "refresh_steps": 4,
