@@ -59,7 +59,7 @@ def auto_factory(count: int, dimension: int, memory_gib: float = 4.0) -> tuple[s
     for factory, row_bytes in sizes.items():
         size = count * row_bytes / 2**30
         if size <= memory_gib:
-            what = "exact search" if factory == "Flat" else f"{factory}, 1 list in 16 is probed"
+            what = "exact search" if factory == "Flat" else factory
             return factory, f"{count:,} x {dimension}: {what}, {size:.2f} GiB"
     raise ValueError(f"{count:,} vectors of {dimension} dimensions need {size:.1f} GiB even as {factory}, {memory_gib:g} are "
                      "allowed; allow more, shorten the vectors or use several machines")  # fmt: skip
@@ -271,15 +271,14 @@ class VectorIndex:
         """Put new vectors behind those that re-score, which may be a memory map: known items at ``places``, then new ones."""
         dtype = self.shards[0].dtype.name if self.shards else "float32"
         new = encoded(array, dtype)
-        there = np.flatnonzero(known)[self._row[places] >= self._given]  # changed before: its row is free again
-        self._added[self._row[places][self._row[places] >= self._given] - self._given] = new[there]
-        behind = np.setdiff1d(np.arange(len(new)), there)
-        rows = np.empty(len(new), np.int64)
-        rows[there] = self._row[places][self._row[places] >= self._given]
-        rows[behind] = self._given + len(self._added) + np.arange(len(behind))
+        rows = np.full(len(new), -1)
+        rows[known] = self._row[places]
+        again = rows >= self._given  # changed before: its row is free again
+        self._added[rows[again] - self._given] = new[again]
+        rows[~again] = self._given + len(self._added) + np.arange((~again).sum())
         self._row[places] = rows[known]
         self._row = np.concatenate([self._row, rows[~known]])
-        self._added = np.concatenate([self._added, new[behind]])
+        self._added = np.concatenate([self._added, new[~again]])
 
     @property
     def _rows(self) -> list[npt.NDArray[Any]]:

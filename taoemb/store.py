@@ -52,7 +52,7 @@ KIND = "embedding store"
 SHARD_ROWS = 16_384
 """Rows of a shard, the unit that a resumed encode does not repeat; our choice."""
 _BLOCK_ROWS = 65_536
-_OWN = re.compile(r"(manifest|partial)\.json(\.tmp)?|ids\.parquet(\..*)?|\.?ids\.parquet.*|shard-\d+\.npy(\..*)?")
+_OWN = re.compile(r"(manifest|partial)\.json(\.tmp)?|ids\.parquet(\.tmp)?|shard-\d+\.npy(\..*)?")
 """Names of a store's files."""
 StoreType = Literal["float32", "float16", "int8"]
 """Numbers of a stored vector. ``int8``: a row times 127 over its largest number, rounded; its length needs no place,
