@@ -5,8 +5,9 @@
 
 ``--runs`` are finished run folders that differ in their seed (`benchmarks/seeds.py` makes them): each gives its stage-1 model, its
 catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the
-`flip_noise` of an oracle judge; ``stage1`` is always a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
-``default`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
+`flip_noise` of an oracle judge, or ``binary``, a judge that tells good from bad alone; settings of the ``backbone`` are named so
+(``backbone.tower``). ``{model: untrained}``, or another model's folder or name, is evaluated as it is. ``stage1`` is always a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
+``--against`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from taoemb.backbone import prepare
 from taoemb.comparison import compare
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
 from taoemb.evaluation import paired_bootstrap
 from taoemb.files import read_json, write_json
 from taoemb.index.exact import ExactIndex
-from taoemb.job import TrainConfig, TrainJob
+from taoemb.job import TrainConfig, TrainJob, _model_path
 from taoemb.judge import OracleJudge
 from taoemb.rewards import RelevanceReward
 from taoemb.store import encode_corpus
 from taoemb.trainer import RetrievalGRPOTrainer
+from taoemb.types import JudgeOutput, RelevanceJudge
 
 SHOWN = ("ndcg@10", "condensed_ndcg@10", "auc", "recall@100", "goodrate@10", "quality@10", "overlap@10",
          "exclusive_goodrate@10")  # fmt: skip
+GAPS = ("condensed_ndcg@10", "auc", "ndcg@10")
 
 
 def main() -> None:
@@ -41,9 +45,14 @@ def main() -> None:
     parser.add_argument("--conditions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", help="names of conditions; without it all")
+    parser.add_argument("--against", default="default", help="the condition that the others are tested against")
+    parser.add_argument(
+        "--gap", nargs=2, metavar=("LOW", "HIGH"), help="also print the share of their distance that each closes"
+    )
     arguments = parser.parse_args()
     conditions = {"stage1": None, "default": {}, **yaml.safe_load(arguments.conditions.read_text(encoding="utf-8"))}
-    names = [name for name in conditions if not arguments.only or name in (*arguments.only, "stage1", "default")]
+    asked = (*(arguments.only or ()), *(arguments.gap or ()), "stage1", arguments.against)
+    names = [name for name in conditions if not arguments.only or name in asked]
     found: dict[str, list[dict]] = {name: [] for name in names}
     for run in arguments.runs:
         job = TrainJob(load_config(TrainConfig, run / "config.yaml"), run)
@@ -52,27 +61,57 @@ def main() -> None:
             if not file.exists():
                 write_json(file, measure(job, run, name, conditions[name], arguments.out / run.name / name))
             found[name].append(read_json(file))
-    rows = {name: summary(found[name], found["default"]) for name in names}
-    write_json(arguments.out / "ablation.json", {"seeds": len(arguments.runs), "conditions": conditions, "rows": rows})
-    print(table(rows))
+    rows = {name: summary(found[name], found[arguments.against]) for name in names}
+    write_json(arguments.out / "ablation.json", {"seeds": len(arguments.runs), "conditions": conditions, "against": arguments.against,
+                                                 "rows": rows})  # fmt: skip
+    print(table(rows, arguments.against))
+    if arguments.gap:
+        print(gap(found, *arguments.gap))
 
 
 def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: Path) -> dict:
     """Train one condition (None: nothing, stage 1 as it is) and evaluate it query by query."""
     encoder, encodings = job.encoder("stage1"), 0
-    if settings is not None:
-        overrides = [f"stage2.{key}={value}" for key, value in settings.items() if key != "noise"]
+    if settings is not None and "model" in settings:
+        untrained = settings["model"] == "untrained"
+        encoder = (
+            job.encoder("untrained")
+            if untrained
+            else Encoder(_model_path(settings["model"]), template=job.config.template)
+        )
+    elif settings is not None:
+        overrides = [f"{key if key.startswith('backbone.') else f'stage2.{key}'}={value}" for key, value in settings.items()
+                     if key not in ("noise", "binary")]  # fmt: skip
         overrides.append("systems=[stage1,retrieval_grpo]")  # the run may have rows of policies
-        config = load_config(TrainConfig, run / "config.yaml", overrides).stage2
+        whole = load_config(TrainConfig, run / "config.yaml", overrides)
+        config = whole.stage2
+        prepare(encoder, whole.backbone)
         functions, weights = job._rewards(config)
         for function in functions:
             if isinstance(function, RelevanceReward) and "noise" in settings:
                 oracle = function.judge  # of the generated shop; another kind of judge has noise of its own
                 function.judge = OracleJudge(oracle.qrels, oracle.unjudged, flip_noise=settings["noise"])
+            if isinstance(function, RelevanceReward) and settings.get("binary"):
+                function.judge = Binary(function.judge, config.rewards.gate_threshold)
         trainer = RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, config, run_dir=folder, name="stage2",
                                        trackers=("jsonl",))  # fmt: skip
         encodings = trainer.train()
     return {"item_encodings": encodings, **evaluated(job, name, encoder)}
+
+
+class Binary:
+    """A judge that only tells good from bad."""
+
+    def __init__(self, judge: RelevanceJudge, threshold: float) -> None:
+        self.judge, self.threshold = judge, threshold
+        self.name, self.fingerprint = f"{judge.name} (good or bad)", f"{judge.fingerprint} binary {threshold}"
+
+    def score(self, pairs: list) -> JudgeOutput:
+        """1 for what is good, else 0."""
+        found = self.judge.score(pairs)
+        return JudgeOutput(
+            found.probs, np.where(np.isnan(found.score), np.nan, found.score >= self.threshold).astype(np.float32)
+        )
 
 
 def evaluated(job: TrainJob, name: str, encoder: Encoder) -> dict:
@@ -88,23 +127,48 @@ def evaluated(job: TrainJob, name: str, encoder: Encoder) -> dict:
     }
 
 
-def summary(seeds: list[dict], default: list[dict]) -> dict:
-    """Means, deviations over the seeds and tests against the default condition."""
+def summary(seeds: list[dict], reference: list[dict]) -> dict:
+    """Means, deviations over the seeds and tests against another condition."""
     row: dict = {"item_encodings": float(np.mean([seed["item_encodings"] for seed in seeds])), "metrics": {}}
     for metric in seeds[0]["per_query"]:
         ours, theirs = (
-            np.array([seed["per_query"][metric] for seed in some], dtype=np.float64) for some in (seeds, default)
+            np.array([seed["per_query"][metric] for seed in some], dtype=np.float64) for some in (seeds, reference)
         )
-        if np.isfinite(ours).any() and metric in default[0]["per_query"]:
+        if np.isfinite(ours).any() and metric in reference[0]["per_query"]:
             means = np.nanmean(ours, axis=1)
             row["metrics"][metric] = {"mean": float(means.mean()), "deviation": float(means.std(ddof=1)) if len(means) > 1 else 0.0,
-                                      "against_default": asdict(paired_bootstrap(ours, theirs))}  # fmt: skip
+                                      "against": asdict(paired_bootstrap(ours, theirs))}  # fmt: skip
     return row
 
 
-def table(rows: dict[str, dict]) -> str:
+def gap(found: dict[str, list[dict]], low: str, high: str) -> str:
+    """Markdown: which share of the distance from one condition to another each closes, with the middle 95 % of its bootstrap over
+    the queries (seeds averaged first)."""
+    lines = [f"| share of the gap from {low} to {high} | " + " | ".join(GAPS) + " |", "| --- |" + " --- |" * len(GAPS)]
+    draws = np.random.default_rng(0)
+    for name in found:
+        cells = []
+        for metric in GAPS:
+            rows = [
+                np.array([seed["per_query"].get(metric, []) for seed in found[some]], dtype=np.float64)
+                for some in (name, low, high)
+            ]
+            ours, base, top = (np.nanmean(some, axis=0) for some in rows)
+            known = np.flatnonzero(np.isfinite(ours + base + top))
+            if not len(known) or name in (low, high):
+                cells.append("")
+                continue
+            drawn = known[draws.integers(len(known), size=(10_000, len(known)))]
+            shares = (ours - base)[drawn].mean(1) / (top - base)[drawn].mean(1)
+            share = (ours - base)[known].mean() / (top - base)[known].mean()
+            cells.append(f"{share:.2f} [{np.percentile(shares, 2.5):.2f}, {np.percentile(shares, 97.5):.2f}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table(rows: dict[str, dict], against: str) -> str:
     """Markdown: mean ± deviation; the best of each column in bold."""
-    shown = [metric for metric in SHOWN if metric in rows["default"]["metrics"]]
+    shown = [metric for metric in SHOWN if metric in rows[against]["metrics"]]
     lines = ["| condition | " + " | ".join(shown) + " | item encodings |", "| --- |" + " --- |" * (len(shown) + 1)]
     best = {
         metric: (min if metric.startswith("overlap") else max)(row["metrics"][metric]["mean"] for row in rows.values())
@@ -116,7 +180,7 @@ def table(rows: dict[str, dict]) -> str:
             value = row["metrics"][metric]
             text = f"{value['mean']:.3f}" + (f" ± {value['deviation']:.3f}" if value["deviation"] else "")
             text = f"**{text}**" if value["mean"] == best[metric] else text
-            cells.append(text + ("*" if name != "default" and value["against_default"]["p_value"] < 0.05 else ""))
+            cells.append(text + ("*" if name != against and value["against"]["p_value"] < 0.05 else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['item_encodings'] / 1e6:.2f} M |")
     return "\n".join(lines)
 

@@ -98,14 +98,22 @@ class RankedChannel(ABC):
         check_queries(queries)
         _check_size("n", n)
         _check_rows(queries, ids_BK)
-        ranks_BK = np.zeros(ids_BK.shape, dtype=np.int32)
-        for row, ranked in enumerate(self._top_n(queries, n)):
-            if len(ranked):
-                wanted = np.array([self._positions.get(item, -1) for item in ids_BK[row].tolist()], dtype=np.int32)
-                order = np.argsort(ranked)
-                places = order[np.minimum(np.searchsorted(ranked, wanted, sorter=order), len(ranked) - 1)]
-                ranks_BK[row] = np.where(ranked[places] == wanted, places + 1, 0)
-        return ranks_BK
+        row_of = {query: row for row, query in enumerate(dict.fromkeys(queries))}
+        tops = self._top_n(list(row_of), n)
+        stride = len(self._ids) + 1  # leaves a key free between two queries, which an unknown id gets
+        keys = np.concatenate(
+            [row * stride + top.astype(np.int64) for row, top in enumerate(tops)] or [np.zeros(0, np.int64)]
+        )
+        if not len(keys):
+            return np.zeros(ids_BK.shape, dtype=np.int32)
+        places = np.concatenate([np.arange(1, len(top) + 1, dtype=np.int32) for top in tops])
+        order = np.argsort(keys)
+        keys, places = keys[order], places[order]
+        positions = np.array([self._positions.get(item, -1) for item in ids_BK.ravel().tolist()], dtype=np.int64)
+        rows = np.array([row_of[query] for query in queries], dtype=np.int64)
+        wanted_BK = rows[:, None] * stride + positions.reshape(ids_BK.shape)
+        found = np.minimum(np.searchsorted(keys, wanted_BK), len(keys) - 1)
+        return np.where(keys[found] == wanted_BK, places[found], 0).astype(np.int32)
 
     def membership(self, queries: Sequence[str], ids_BK: npt.NDArray[np.object_], n: int) -> BoolArray:
         """Whether each item is in the Top-n of its query, ``[B, K]`` bool; see ``ranks``."""

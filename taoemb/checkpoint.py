@@ -1,7 +1,8 @@
 """Everything that a resumed training run needs, written atomically.
 
-A checkpoint folder holds ``weights.safetensors``, ``optimizer.pt`` (tensors only), ``state.json`` and the trainer's arrays,
-among them the vectors of the index in use: encoded anew they would be fresher than the uninterrupted run's.
+A checkpoint folder holds ``weights.safetensors`` (what training changes), ``optimizer.pt`` (tensors only), ``state.json``
+and the trainer's arrays, among them the vectors of the index in use: encoded anew they would be fresher than the
+uninterrupted run's. Frozen weights are those of the start model, which the run's identity names by its fingerprint.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from taoemb.encoder import Encoder
 from taoemb.files import checksum, read_json, recover_folder, replace_folder, write_json
@@ -48,10 +50,10 @@ def save_checkpoint(
     """Replace the checkpoint in ``folder``; a kill at any moment leaves the old one or the new one.
 
     ``identity`` is JSON that a resuming run must repeat exactly (configuration, start model, catalog); ``extra`` is any
-    further JSON state.
+    further JSON state. The start model must be named by its `Encoder.fingerprint`, as frozen weights are not saved.
     """
     with replace_folder(folder, "state.json") as beside:
-        save_model(encoder.model, str(beside / "weights.safetensors"))  # copes with tied weights, save_file does not
+        save_weights(encoder, beside / "weights.safetensors")
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
@@ -85,7 +87,7 @@ def load_checkpoint(
     for name, expected in state["files"].items():
         if not (folder / name).exists() or checksum(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is missing or corrupt; delete {folder} to start this stage again")
-    load_model(encoder.model, folder / "weights.safetensors", device=str(encoder.device))
+    load_weights(encoder, folder / "weights.safetensors")
     saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"]["cpu"])
@@ -94,6 +96,38 @@ def load_checkpoint(
     names = [name.removesuffix(".npy") for name in state["files"] if name.endswith(".npy")]
     arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in names}
     return Checkpoint(state["step"], state["extra"], arrays)
+
+
+def save_weights(encoder: Encoder, file: Path) -> None:
+    """Write the weights that training changes; `load_weights` puts them back into an encoder prepared alike."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.tmp")
+    save_file({name: tensor.detach().contiguous() for name, tensor in _trained(encoder).items()}, beside)
+    beside.replace(file)
+
+
+def load_weights(encoder: Encoder, file: Path) -> None:
+    """Restore in place what `save_weights` wrote.
+
+    Raises CheckpointError when the encoder trains other weights than the one that was saved.
+    """
+    saved, wanted = load_file(file), _trained(encoder)
+    differing = sorted({name for name in saved.keys() | wanted.keys()
+                        if name not in saved or name not in wanted or saved[name].shape != wanted[name].shape})  # fmt: skip
+    if differing:
+        raise CheckpointError(f"{file} holds other weights than this model trains ({differing[0]} and "
+                              f"{len(differing) - 1} more differ); repeat the settings it was written with")  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(saved[name])
+
+
+def _trained(encoder: Encoder) -> dict[str, Tensor]:
+    """What training may change: parameters that are not frozen, a tied one once, and buffers that belong to the model."""
+    model = encoder.model
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return buffers | {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _differences(a: Any, b: Any, key: str = "") -> set[str]:

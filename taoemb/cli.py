@@ -214,6 +214,8 @@ def _train(config: Any, out: Path) -> None:
     start = time.perf_counter()
     job = TrainJob(config, out)
     comparison = job.run()
+    if not job.world.owner:  # of several processes one speaks
+        return
     spent = f"{time.perf_counter() - start:.0f} s"
     if comparison is None:
         typer.echo(spent, err=True)

@@ -17,9 +17,10 @@ import torch
 
 from taoemb.catalog import Catalog
 from taoemb.checkpoint import load_checkpoint, save_checkpoint
+from taoemb.distributed import World
 from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
-from taoemb.losses import info_nce
+from taoemb.losses import info_nce, prefix
 from taoemb.store import ids_hash
 from taoemb.tracking import Backend, Tracker
 from taoemb.types import GOOD_GRADE
@@ -34,7 +35,7 @@ class ContrastiveConfig:
     steps: int = 1500
     """Optimiser steps."""
     batch_size: int = 128
-    """Queries per step, each with one positive item."""
+    """Queries per step, each with one positive item; of each process where several train."""
     global_negatives: int = 512
     """Items drawn uniformly from the catalog per step and shared by the batch."""
     temperature: float = 0.05
@@ -45,18 +46,23 @@ class ContrastiveConfig:
     """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    chunk_size: int = 1024
-    """Texts per forward and backward pass (GradCache); lower it when memory is short."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Shorter dimensions that the embeddings shall serve too, cut off and scaled to length 1: each step trains the full ones and,
+    drawn at random, one of these, half and half (Matryoshka; Kusupati et al., 2022)."""
+    chunk_size: int = 0
+    """Texts per forward and backward pass (GradCache); lower it when memory is short. 0: 256 for transformers, for static
+    embeddings all, whose activations are small."""
     save_steps: int = 100
     """Steps between checkpoints."""
     seed: int = 0
     """Of every random choice."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps", "batch_size", "temperature", "learning_rate", "chunk_size", "save_steps")
+        check_positive(self, "steps", "batch_size", "temperature", "learning_rate", "save_steps")
         check_optimiser(self.warmup_ratio, self.max_grad_norm)
-        if self.global_negatives < 0:
-            raise ValueError(f"global_negatives={self.global_negatives}: give 0 or more")
+        for name in ("global_negatives", "chunk_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
 
 
 class Positives:
@@ -81,7 +87,7 @@ class Positives:
             )
         self.queries: Positions = np.array(sorted(pairs), dtype=np.int64)
         self._items = {q: np.array(sorted(items), dtype=np.int64) for q, items in pairs.items()}
-        self._share = {q: _share(np.array([pairs[q][i] for i in items])) for q, items in self._items.items()}
+        self._cumulative = {q: _cumulative([pairs[q][i] for i in items.tolist()]) for q, items in self._items.items()}
         self._size = len(catalog.items)
         self._keys = np.sort(np.concatenate([q * self._size + items for q, items in self._items.items()]))
         codes: dict[str, int] = {}
@@ -93,14 +99,20 @@ class Positives:
 
     def sample(self, queries: Positions, rng: np.random.Generator) -> Positions:
         """One positive item for each of ``B`` queries that have one, in proportion to its clicks."""
-        return np.array([rng.choice(self._items[q], p=self._share[q]) for q in queries.tolist()], dtype=np.int64)
+        drawn = zip(queries.tolist(), rng.random(len(queries)).tolist(), strict=True)
+        places = [(q, np.searchsorted(self._cumulative[q], u, side="right")) for q, u in drawn]
+        return np.array([self._items[q][place] for q, place in places], dtype=np.int64)
+
+    def known(self, queries: Positions, items: Positions) -> npt.NDArray[np.bool_]:
+        """Whether the items are known positives of the queries; the two are broadcast against each other."""
+        keys = queries * self._size + items
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.asarray(self._keys[place] == keys)
 
     def masked(self, queries: Positions, positives: Positions, candidates: Positions) -> npt.NDArray[np.bool_]:
         """Which of ``M`` candidates must not be a negative of which of ``B`` queries, ``[B, M]``: the query's known
         positives, and items whose text is that of the positive."""
-        keys = queries[:, None] * self._size + candidates[None, :]
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        known = self._keys[place] == keys
+        known = self.known(queries[:, None], candidates[None, :])
         same_text = self._text_of_item[positives][:, None] == self._text_of_item[candidates][None, :]
         return np.asarray(known | same_text)
 
@@ -119,8 +131,9 @@ def _labelled_pairs(catalog: Catalog) -> list[tuple[str, int, float]]:
     return [(query, item, 1.0) for (query, _), item in zip(pairs, items, strict=True)]
 
 
-def _share(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.asarray(weights / weights.sum())
+def _cumulative(weights: Sequence[float]) -> npt.NDArray[np.float64]:
+    sums = np.cumsum(weights)
+    return np.asarray(sums / sums[-1])
 
 
 def train_contrastive(
@@ -141,28 +154,38 @@ def train_contrastive(
     FloatingPointError when the loss or its gradient stops being a number; that step is not taken.
     """
     config = config or ContrastiveConfig()
-    folder = Path(run_dir) / "checkpoints" / name
+    check_matryoshka(config.matryoshka_dims, encoder)
+    folder, world = Path(run_dir) / "checkpoints" / name, World()
     texts = encoder.item_texts(catalog.items)
     positives = Positives(catalog, texts)
     optimizer = make_optimizer(encoder, config.learning_rate)
     settings = dataclasses.asdict(config)
     identity = {
         "config": settings,
+        "processes": world.size,
         "start_model": encoder.fingerprint,
         "items": ids_hash(catalog.items.ids),
         "queries": ids_hash(catalog.queries.ids),
     }
     torch.manual_seed(config.seed)
-    found = load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity)
+    with world.owner_first():
+        found = load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity)
     start, encodings = (found.step, found.extra["item_encodings"]) if found else (0, 0)
-    cache = GradCache(encoder, config.chunk_size)
+    cache = GradCache(encoder, config.chunk_size, world)
     encoder.model.train()
     with Tracker(
-        trackers, run_dir, name, settings, start_step=start, total_steps=config.steps, console_every=100
+        trackers if world.owner else (),
+        run_dir,
+        name,
+        settings,
+        start_step=start,
+        total_steps=config.steps,
+        console_every=100,
     ) as tracker:
         for step in range(start, config.steps):
             rng = np.random.default_rng([config.seed, step])
-            queries = rng.choice(positives.queries, min(config.batch_size, len(positives.queries)), replace=False)
+            count = min(config.batch_size * world.size, len(positives.queries))
+            queries = rng.choice(positives.queries, count, replace=False)
             items = positives.sample(queries, rng)
             negatives = rng.choice(len(texts), min(config.global_negatives, len(texts)), replace=False)
             distinct, where = np.unique(np.concatenate([items, negatives]), return_inverse=True)
@@ -172,10 +195,13 @@ def train_contrastive(
             item_UD = cache.encode([texts[i] for i in distinct], "document")
             masked_BU = torch.from_numpy(positives.masked(queries, items, distinct)).to(encoder.device)
             own_B = torch.from_numpy(where[: len(items)]).to(encoder.device)
-            loss = info_nce(query_BD, item_UD, own_B, masked_BU, config.temperature)
+            dims = [encoder.dimension, *draw_prefix(config.matryoshka_dims, rng)]
+            loss = torch.stack([
+                info_nce(prefix(query_BD, d) @ prefix(item_UD, d).T, own_B, masked_BU, config.temperature) for d in dims
+            ]).mean()  # fmt: skip
             torch.autograd.backward(loss)
             cache.backward()
-            norm = torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(encoder.trainable_parameters(), config.max_grad_norm)
             value = float(loss.detach())
             if not np.isfinite([value, float(norm)]).all():
                 raise FloatingPointError(f"{name}: at step {step} the loss is {value} and the norm of its gradient "
@@ -185,7 +211,7 @@ def train_contrastive(
             encodings += len(distinct)
             tracker.log(step, {"loss": value, "learning_rate": rate, "grad_norm": float(norm),
                                "item_encodings": encodings})  # fmt: skip
-            if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
+            if world.owner and ((step + 1) % config.save_steps == 0 or step + 1 == config.steps):
                 save_checkpoint(
                     folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
                     extra={"item_encodings": encodings},
@@ -196,7 +222,7 @@ def train_contrastive(
 
 def make_optimizer(encoder: Encoder, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW without weight decay; fused, which is several times faster on the large tables of static embeddings."""
-    return torch.optim.AdamW(encoder.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(encoder.trainable_parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 def set_learning_rate(
@@ -208,6 +234,19 @@ def set_learning_rate(
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
+
+
+def check_matryoshka(dims: Sequence[int], encoder: Encoder) -> None:
+    """Raise ValueError where one of these dimensions is no shorter one of the encoder's."""
+    if any(not 1 <= d < encoder.dimension for d in dims):
+        raise ValueError(
+            f"matryoshka_dims={tuple(dims)}: the embeddings have {encoder.dimension} dimensions; give fewer"
+        )
+
+
+def draw_prefix(dims: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """One of these dimensions, drawn at random, where there are any."""
+    return [int(rng.choice(dims))] if len(dims) else []
 
 
 def check_positive(config: object, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,15 @@ def probe(encoder: Encoder, catalog: Catalog, queries: QuerySet) -> tuple[float,
     return tuple(mean[metric] for metric in METRICS)
 
 
+def dominated(point: Sequence[float], others: Iterable[Sequence[float]]) -> bool:
+    """Whether one of the others is at least as good in every figure, higher being better.
+
+    >>> dominated((0.5, 0.2), [(0.5, 0.3)]), dominated((0.5, 0.2), [(0.4, 0.3), (0.6, 0.1)])
+    (True, False)
+    """
+    return any(all(other >= own for other, own in zip(known, point, strict=True)) for known in others)
+
+
 @dataclass
 class EarlyStopping:
     """Says whether a point is on the Pareto front of those before it, and when ``patience`` points in a row were not."""
@@ -38,10 +48,10 @@ class EarlyStopping:
 
     def improves(self, point: tuple[float, ...]) -> bool:
         """Add a point, higher is better: False where an earlier one is at least as good in every figure."""
-        dominated = any(all(old >= new for old, new in zip(known, point, strict=True)) for known in self.points)
+        improves = not dominated(point, self.points)
         self.points.append(point)
-        self.waited = self.waited + 1 if dominated else 0
-        return not dominated
+        self.waited = 0 if improves else self.waited + 1
+        return improves
 
     @property
     def over(self) -> bool:

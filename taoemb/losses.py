@@ -43,16 +43,23 @@ def distillation(
     return torch.where(valid.sum(-1) > 1, cost, 0.0)
 
 
-def info_nce(query_BD: Tensor, item_UD: Tensor, positive_B: Tensor, masked_BU: Tensor, temperature: float) -> Tensor:
+def info_nce(scores_BU: Tensor, positive_B: Tensor, masked_BU: Tensor, temperature: float) -> Tensor:
     """``-log e^{s+/tau} / (e^{s+/tau} + sum_in-batch e^{s/tau} + sum_global e^{s/tau})``, mean over the batch.
 
-    R-GRPO's stage-1 loss. ``item_UD`` are the distinct items of the batch: every query's positive, which is an in-batch
-    negative of the others, and the global negatives. ``positive_B`` is each query's own row of them; ``masked_BU`` is True
+    R-GRPO's stage-1 loss. ``scores_BU`` are the cosines of the queries and the distinct items of the batch: every query's positive,
+    which is an in-batch negative of the others, and the global negatives. ``positive_B`` is each query's own row of them; ``masked_BU`` is True
     where an item must not count as a negative of a query (its other known positives, items with the same text).
     """
-    logits_BU = query_BD @ item_UD.T / temperature
+    logits_BU = scores_BU / temperature
     masked_BU = masked_BU.scatter(1, positive_B[:, None], False)
     return torch.nn.functional.cross_entropy(logits_BU.masked_fill(masked_BU, -torch.inf), positive_B)
+
+
+def prefix(vectors_ND: Tensor, dimension: int) -> Tensor:
+    """The first dimensions of unit vectors, scaled to length 1 again."""
+    if dimension == vectors_ND.shape[-1]:
+        return vectors_ND
+    return torch.nn.functional.normalize(vectors_ND[..., :dimension], dim=-1)
 
 
 def anchor(vectors_ND: Tensor, reference_ND: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,10 @@ from taoemb.catalog import Item, Items, Query
 from taoemb.index.channels import BM25Channel, Channel, ranked_channels
 from taoemb.types import FloatArray, RelevanceJudge, RewardFunction
 
-ExclusivityMode = Literal["membership", "soft_rank", "lexical"]
+if TYPE_CHECKING:
+    from taoemb.contrastive import Positives
+
+ExclusivityMode = Literal["membership", "soft_rank", "lexical", "list"]
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,31 @@ class RewardConfig:
     """Numeric item column in [0, 1]; without it, how complete an item's data are within its category."""
     exclusivity_mode: ExclusivityMode = "membership"
     """``membership``: 1 when no channel's Top-N holds the item; ``soft_rank``: rising from 0 to 1 around rank N; ``lexical``: 1 -
-    term overlap with BM25's terms, the published proxy."""
+    term overlap with BM25's terms, the published proxy; ``list``: the share of good candidates that a list adds to what the
+    channels find (``policy=pl_rloo``)."""
     exclusivity_top_n: int = 100
-    """N of ``membership`` and ``soft_rank``."""
+    """N of ``membership``, ``soft_rank`` and ``list``."""
     exclusivity_softness: float = 10.0
     """T of ``soft_rank``: it is .27 at rank N - T, .5 at N, .73 at N + T."""
     flips: tuple[float, float] = (0.0, 0.0)
     """Shares in which the judge calls a bad item good and a good one bad; relevance is corrected by them."""
     uncertain: tuple[float, float] = (0.0, 0.0)
     """The judge's scores strictly between these two say nothing: the pair gets no relevance."""
+    click_floor: float = 0.0
+    """The relevance of an item clicked for the query is at least this, whatever the judge says; 0 leaves clicks out."""
+    diversity: float = 0.0
+    """Weight of the share of different ``diversity_field`` values among a list's places (``policy=pl_rloo``); 0 leaves it out."""
+    diversity_field: str = "brand"
+    """Item field in which the good items of a list shall differ: brand, category, or the name of an attribute."""
 
     def __post_init__(self) -> None:
-        for name in ("relevance", "quality", "exclusivity"):
+        for name in ("relevance", "quality", "exclusivity", "diversity"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give a weight of 0 or more")
         if self.relevance == self.quality == self.exclusivity == 0:
             raise ValueError("every reward weight is 0; give at least one of relevance, quality, exclusivity a weight")
+        if not 0 <= self.click_floor <= 1:
+            raise ValueError(f"click_floor={self.click_floor}: give a relevance from 0 to 1")
         if not 0 <= self.gate_threshold <= 1:
             raise ValueError(f"gate_threshold={self.gate_threshold}: give a relevance from 0 to 1")
         if self.exclusivity_mode not in get_args(ExclusivityMode):
@@ -85,6 +97,7 @@ class RelevanceReward:
             ``(score - rho_0) / (1 - rho_0 - rho_1)``, whose mean is the reward without the noise (Natarajan et al., 2013); it can
             leave [0, 1].
         uncertain: scores strictly between these two abstain (our choice).
+        clicked: the known positives; with ``click_floor`` no reward of theirs is lower than it, and none abstains (our choice).
     """
 
     __name__ = "relevance"
@@ -95,8 +108,11 @@ class RelevanceReward:
         *,
         flips: tuple[float, float] = (0.0, 0.0),
         uncertain: tuple[float, float] = (0.0, 0.0),
+        clicked: Positives | None = None,
+        click_floor: float = 0.0,
     ) -> None:
         self.judge, self.flips, self.uncertain = judge, flips, uncertain
+        self.clicked, self.click_floor = clicked, click_floor
         self.calls = 0
         self.hits = 0
         self._known: dict[tuple[int, int], float] = {}
@@ -120,7 +136,11 @@ class RelevanceReward:
         self.hits += len(keys) - len(new)
         scores = np.array([self._known[key] for key in keys], dtype=np.float32)
         scores[(scores > self.uncertain[0]) & (scores < self.uncertain[1])] = np.nan
-        return np.asarray((scores - self.flips[0]) / (1 - sum(self.flips)), dtype=np.float32)
+        rewards = np.asarray((scores - self.flips[0]) / (1 - sum(self.flips)), dtype=np.float32)
+        if self.clicked is not None and self.click_floor:
+            clicked = self.clicked.known(query_positions, item_positions)
+            rewards[clicked] = np.fmax(rewards[clicked], self.click_floor)  # a number, also where the judge abstains
+        return rewards
 
 
 class QualityReward:
@@ -186,6 +206,68 @@ class ExclusivityReward:
         return np.where(known, 0.0, 1.0).astype(np.float32)
 
 
+class ListExclusivityReward:
+    """What a list adds to the other channels: ``Recall(channels and list) - Recall(channels)``, the items to be found being the
+    good candidates of the query's group.
+
+    Args:
+        channels: as of `ExclusivityReward`.
+        top_n: what a channel finds is in its Top-N.
+        threshold: the lowest relevance of a good item.
+    """
+
+    __name__ = "list_exclusivity"
+    of_lists = True
+
+    def __init__(self, channels: Channel | Sequence[Channel], top_n: int, threshold: float) -> None:
+        self.channels, self.top_n, self.threshold = list(ranked_channels(channels).values()), top_n, threshold
+
+    def __call__(
+        self,
+        *,
+        queries: Sequence[Query],
+        items: Sequence[Sequence[Item]],
+        relevance: FloatArray,
+        group_relevance: FloatArray,
+        **_: Any,
+    ) -> FloatArray:
+        """One number in [0, 1] for each of ``n`` lists; 0 where the group holds no good item."""
+        texts = [query.text for query in queries]
+        ids = np.array([[item.id for item in row] for row in items], dtype=object)
+        known = np.logical_or.reduce([channel.membership(texts, ids, self.top_n) for channel in self.channels])
+        added = ((relevance >= self.threshold) & ~known).sum(1)
+        return np.asarray(added / np.maximum(1, (group_relevance >= self.threshold).sum(1)), dtype=np.float32)
+
+
+class ListDiversityReward:
+    """How many different values of a field the good items of a list have, as a share of its places; an item without the field
+    adds none.
+
+    Args:
+        field: ``brand``, ``category``, or the name of an attribute.
+        threshold: the lowest relevance of a good item.
+    """
+
+    __name__ = "diversity"
+    of_lists = True
+
+    def __init__(self, field: str, threshold: float) -> None:
+        self.field, self.threshold = field, threshold
+
+    def __call__(self, *, items: Sequence[Sequence[Item]], relevance: FloatArray, **_: Any) -> FloatArray:
+        """One number in [0, 1] for each of ``n`` lists."""
+        values = [
+            {self._value(item) for item, good in zip(row, goods, strict=True) if good} - {""}
+            for row, goods in zip(items, relevance >= self.threshold, strict=True)
+        ]
+        return np.array([len(v) / max(1, relevance.shape[1]) for v in values], dtype=np.float32)
+
+    def _value(self, item: Item) -> str:
+        if self.field in ("brand", "category"):
+            return str(getattr(item, self.field) or "")
+        return str(item.attributes.get(self.field, ""))
+
+
 def item_quality(items: Items, column: str = "quality") -> npt.NDArray[np.float64]:
     """Quality of every item in [0, 1]: the column, or without one the percentile, within the item's category, of how
     many fields and attributes are filled in (a proxy of our choice, for catalogs without ratings or sales).
@@ -231,7 +313,9 @@ def gather(functions: Sequence[RewardFunction], **columns: Any) -> FloatArray:
         name = getattr(function, "__name__", type(function).__name__)
         if not hasattr(answer, "__len__"):
             raise ValueError(f"reward function {name!r} gave {answer!r}; give one number, or None, for each candidate")
-        values = np.array([np.nan if v is None else v for v in cast(Sequence[Any], answer)], dtype=np.float32)
+        if not isinstance(answer, np.ndarray) or answer.dtype == object:
+            answer = [np.nan if v is None else v for v in cast(Sequence[Any], answer)]
+        values = np.asarray(answer, dtype=np.float32)
         if values.shape != (count,):
             raise ValueError(f"reward function {name!r} gave {values.shape} values for {count} candidates")
         if np.isinf(values).any():

@@ -10,8 +10,8 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,30 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from taoemb import early_stopping, losses
-from taoemb.advantages import group_advantages, group_moments, total_reward, zero_variance
+from taoemb.advantages import zero_variance
+from taoemb.callbacks import Callbacks
+from taoemb.candidates import CandidateSampler, Group, GroupBuffer
 from taoemb.catalog import Catalog
-from taoemb.checkpoint import load_checkpoint, save_checkpoint
-from taoemb.contrastive import Positions, Positives, make_optimizer, set_learning_rate
+from taoemb.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from taoemb.contrastive import (
+    Positions,
+    Positives,
+    check_matryoshka,
+    draw_prefix,
+    make_optimizer,
+    set_learning_rate,
+)
+from taoemb.distributed import World
 from taoemb.early_stopping import EarlyStopping
 from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
+from taoemb.health import CollapseAlarm, group_health
 from taoemb.index.refresh import Encode, IndexRefresher, build_index
-from taoemb.policy import POLICY_ETA, candidate_weights, effective_rank, entropy, gumbel_top_k, kl_divergence, log_probs
+from taoemb.objective import Batch, ListRewards, Objective
+from taoemb.policy import effective_rank, entropy, kl_divergence, log_probs
 from taoemb.rewards import RelevanceReward, gate, gather
 from taoemb.store import EmbeddingStore, encode_corpus, ids_hash
 from taoemb.tracking import Backend, Tracker
@@ -37,24 +50,8 @@ from taoemb.trainer_config import RetrievalGRPOConfig
 from taoemb.types import FloatArray, RewardFunction
 
 CONSOLE = ("loss", "reward/relevance/mean", "reward/quality/mean", "reward/exclusivity/mean", "kl", "overlap@K")
-_WINDOW = 20
-"""Steps over which the effective rank is averaged at the start and at the end; our choice."""
 PROBE = 256
 """Training queries on which the staleness of the index is measured at a refresh; our choice."""
-
-
-class CollapseError(ValueError):
-    """The embeddings have fallen into few directions."""
-
-
-@dataclass
-class Group:
-    """The candidates of ``B`` queries: catalog positions ``[B, K]``, and their log-probabilities under the policy before
-    the first update, which sets them."""
-
-    queries: Positions
-    items_BK: Positions
-    logp_old_BK: Tensor | None = None
 
 
 class RetrievalGRPOTrainer:
@@ -83,32 +80,54 @@ class RetrievalGRPOTrainer:
         run_dir: str | Path,
         name: str = "retrieval_grpo",
         trackers: Sequence[Backend] = ("console", "jsonl"),
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.encoder, self.catalog, self.config = encoder, catalog, config or RetrievalGRPOConfig()
+        self.world = World()
         self.run_dir, self.name, self.trackers = Path(run_dir), name, trackers
         if len(reward_functions) != len(reward_weights) or not reward_functions:
             raise ValueError(f"{len(reward_functions)} reward functions, {len(reward_weights)} weights: give one each")
-        self.reward_functions = list(reward_functions)
-        self.reward_names = [getattr(f, "__name__", type(f).__name__) for f in self.reward_functions]
-        self.reward_weights_R = torch.tensor(list(reward_weights), dtype=torch.float32)
+        self._sort_rewards(reward_functions, reward_weights)
         self.query_texts, self.item_texts = catalog.queries.texts, encoder.item_texts(catalog.items)
         self.train_queries: Positions = np.array([i for i, q in enumerate(catalog.queries) if q.split == "train"])
         if len(catalog.items) < 2:
             raise ValueError(f"the catalog has {len(catalog.items)} item; a group needs at least 2 to compare")
         if not len(self.train_queries):
             raise ValueError("the catalog has no query of split 'train'; write some with `taoemb data queries`")
+        check_matryoshka(self.config.matryoshka_dims, encoder)
         self.positives = self._known_positives()
+        self.sampler = CandidateSampler(encoder, catalog.queries, self.train_queries, len(catalog.items), self.positives,
+                                        self._encode_positions, self.config)  # fmt: skip
+        self.buffer = GroupBuffer()
         self.item_encodings = 0
-        self._running_std_R = torch.zeros(len(self.reward_functions))
         self.probe_queries = catalog.queries.select("validation", catalog.qrels)
         if self.config.eval_steps and not len(self.probe_queries):
             raise ValueError(
                 f"eval_steps={self.config.eval_steps} needs graded queries of split 'validation'; the catalog has none"
             )
         self.stopping = EarlyStopping(self.config.eval_patience)
+        self.alarm = CollapseAlarm(self.config.collapse_ratio)
+        self.callbacks = Callbacks(callbacks, self.config, self.run_dir, model=encoder.model)
         self._seconds: dict[str, float] = {}
-        self._levels: list[list[float]] = []  # of the objectives at the start, where there are constraints
-        self._ranks: list[float] = []  # effective ranks of the first and the last steps
+        self._list_means: dict[str, float] = {}
+        self._next: Group | None = None  # retrieved ahead of its step
+
+    def _sort_rewards(self, functions: Sequence[RewardFunction], weights: Sequence[float]) -> None:
+        """Tell the rewards of items from those of lists (``of_lists``)."""
+        of_lists = [bool(getattr(function, "of_lists", False)) for function in functions]
+        self.reward_functions = [f for f, lists in zip(functions, of_lists, strict=True) if not lists]
+        self.list_functions = [(f, w) for f, w, lists in zip(functions, weights, of_lists, strict=True) if lists]
+        self.reward_names = [_name(f) for f in self.reward_functions]
+        names = ", ".join(_name(f) for f, _ in self.list_functions)
+        if names and self.config.policy != "pl_rloo":
+            raise ValueError(
+                f"policy={self.config.policy!r} rewards items, and {names} rewards lists: use policy=pl_rloo"
+            )
+        if names and "relevance" not in self.reward_names:
+            raise ValueError(f"{names} needs the relevance of a list's items: add a RelevanceReward, with weight 0 if it shall not "
+                             "count by itself")  # fmt: skip
+        item_weights = [w for w, lists in zip(weights, of_lists, strict=True) if not lists]
+        self.objective = Objective(self.config, self.reward_names, item_weights)
 
     def _known_positives(self) -> Positives | None:
         try:
@@ -124,178 +143,186 @@ class RetrievalGRPOTrainer:
         Raises FloatingPointError when the loss or its gradient stops being a number; that step is not taken. Raises
         CollapseError when the embeddings collapse.
         """
-        config, encoder = self.config, self.encoder
+        config, encoder, owner = self.config, self.encoder, self.world.owner
         encoder.model.eval()
         optimizer = make_optimizer(encoder, config.learning_rate)
         folder, identity = self.run_dir / "checkpoints" / self.name, self._identity()
-        begin = time.perf_counter()
-        store = encode_corpus(encoder, self.catalog.items)
-        spent = time.perf_counter() - begin
-        self.reference_ND = torch.from_numpy(np.ascontiguousarray(store.vectors)).to(encoder.device)
-        self.reference_QD = torch.from_numpy(encoder.encode_query(self.query_texts)).to(encoder.device)
-        self.refresher = IndexRefresher(self._encoder_of_now, self._build_index, store, config.refresh, probe=self._probe,
-                                        k=config.num_candidates, progress="console" in self.trackers)  # fmt: skip
-        if "console" in self.trackers:
-            tqdm.write(self.refresher.forecast(config.steps, spent), file=sys.stderr)
-        self.item_encodings = len(store)
-        start = self._restore(load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity))
-        with closing(self.refresher), Tracker(self.trackers, self.run_dir, self.name, identity["config"], start_step=start,
-                     total_steps=config.steps, console_every=50, console_keys=CONSOLE) as tracker:  # fmt: skip
-            for step in range(start, config.steps):
-                if self.stopping.over:
-                    break
+        self._begin()
+        with self.world.owner_first():
+            start = self._restore(load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity))
+        with ExitStack() as stack:
+            if owner:
+                stack.callback(self.refresher.close)
+            self._judging = stack.enter_context(ThreadPoolExecutor(1, "taoemb-judge"))
+            tracker = stack.enter_context(
+                Tracker(self.trackers if owner else (), self.run_dir, self.name, identity["config"], start_step=start,
+                        total_steps=config.steps, console_every=50, console_keys=CONSOLE)
+            )  # fmt: skip
+            self.callbacks.call("on_train_begin", start, optimizer=optimizer)
+            verdicts = self._ask(self._next) if self._next else None
+            for step in range(start, start if self.stopping.over else config.steps):
                 self._seconds = {}
-                rng = np.random.default_rng([config.seed, step])
-                self._refresh_if_due(step)
+                self.callbacks.call("on_step_begin", step, optimizer=optimizer)
                 rate = set_learning_rate(optimizer, config.learning_rate, config.warmup_ratio, step, config.steps)
-                group = self.retrieve(rng)
-                rewards_BKR = self.judge(group)
+                group = self._next or self.retrieve(step)
+                rewards_BKR, refilled = self.judge(group, verdicts, step)
+                if config.prefetch:
+                    self._next = self.retrieve(step + 1) if step + 1 < config.steps else None
+                    verdicts = self._ask(self._next) if self._next else None
                 for _ in range(config.num_iterations):
                     metrics = self.update(group, rewards_BKR, optimizer, np.random.default_rng([config.seed, step, 1]))
-                evaluated = self._evaluate(step + 1)
-                tracker.log(step, {**metrics, "learning_rate": rate, **self._health(step, group), **evaluated})
-                self._check_collapse(step, metrics["effective_rank"])
-                if (step + 1) % config.save_steps == 0 or step + 1 == config.steps or self.stopping.over:
+                metrics |= {"learning_rate": rate, **refilled, **self._evaluate(step + 1)}
+                if owner:
+                    metrics |= self._health(step, group)
+                    tracker.log(step, metrics)
+                self.callbacks.call("on_step_end", step + 1, optimizer=optimizer)
+                self.callbacks.log(step + 1, metrics)
+                self.alarm.check(step, metrics["effective_rank"])
+                stop = self.stopping.over or self.world.from_owner(self.callbacks.should_stop)
+                due = (step + 1) % config.save_steps == 0 or step + 1 == config.steps or stop
+                if owner and (due or self.callbacks.should_save):
                     save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
-                                    extra=self._extra(), arrays=self.refresher.state())  # fmt: skip
+                                    extra=self._extra(), arrays=self._arrays())  # fmt: skip
+                    self.callbacks.call("on_save", step + 1)
+                if stop:
+                    break
+            self.callbacks.call("on_train_end", self.callbacks.state.global_step, optimizer=optimizer)
         if self.stopping.points:
-            encoder.model.load_state_dict(Encoder(self._best).model.state_dict())
+            self.world.wait()
+            load_weights(encoder, self._best)
         return self.item_encodings
+
+    def _begin(self) -> None:
+        """The embeddings of the start, which are the reference, and by the owner the index over them."""
+        config, encoder = self.config, self.encoder
+        items = queries = None
+        if self.world.owner:
+            begin = time.perf_counter()
+            store = encode_corpus(encoder, self.catalog.items)
+            spent = time.perf_counter() - begin
+            items = torch.from_numpy(np.ascontiguousarray(store.vectors))
+            queries = torch.from_numpy(encoder.encode_query(self.query_texts))
+            refresh = config.refresh
+            if encoder.items_fixed or config.candidates == "in_batch":
+                refresh = dataclasses.replace(refresh, steps=0, probe_steps=0)  # nothing to refresh, or no use for it
+            self.refresher = IndexRefresher(self._encoder_of_now, self._build_index, store, refresh, probe=self._probe,
+                                            k=config.num_candidates, progress="console" in self.trackers)  # fmt: skip
+            if "console" in self.trackers:
+                tqdm.write(self.refresher.forecast(config.steps, spent), file=sys.stderr)
+        self.item_encodings = len(self.item_texts)
+        self.reference_ND = self.world.tensor_from_owner(items, encoder.device)
+        self.reference_QD = self.world.tensor_from_owner(queries, encoder.device)
 
     @property
     def _best(self) -> Path:
-        return self.run_dir / "checkpoints" / f"{self.name}-best"
+        return self.run_dir / "checkpoints" / f"{self.name}-best.safetensors"
 
     def _evaluate(self, steps: int) -> dict[str, float]:
         """Where an evaluation is due, its figures; the model is kept where they are on the Pareto front."""
         if not self.config.eval_steps or steps % self.config.eval_steps:
             return {}
         with self._timed("evaluate"):
-            point = early_stopping.probe(self.encoder, self.catalog, self.probe_queries)
-            if self.stopping.improves(point):
-                self.encoder.save(self._best)
-        return {f"eval/{name}": value for name, value in zip(early_stopping.METRICS, point, strict=True)}
-
-    def _refresh_if_due(self, step: int) -> None:
-        encoded = self.refresher.encoded
-        with self._timed("refresh"):
-            self.refresher.refresh_if_due(step)
-        self.item_encodings += self.refresher.encoded - encoded
+            owner = self.world.owner
+            point = self.world.from_owner(
+                early_stopping.probe(self.encoder, self.catalog, self.probe_queries) if owner else ()
+            )
+            if self.stopping.improves(point) and owner:
+                save_weights(self.encoder, self._best)
+        found = {f"eval/{name}": value for name, value in zip(early_stopping.METRICS, point, strict=True)}
+        self.callbacks.call("on_evaluate", steps, metrics=found)
+        return found
 
     def _probe(self) -> FloatArray:
         """Vectors of the training queries on which the index is measured."""
         return self.encoder.encode_query([self.query_texts[q] for q in self.train_queries[:PROBE]])
 
-    @torch.no_grad()
-    def retrieve(self, rng: np.random.Generator) -> Group:
-        """Draw ``B`` queries; the index proposes their candidates, and the current encoder re-scores them if over-fetched."""
-        config, size = self.config, len(self.item_texts)
-        with self._timed("retrieve"):
-            queries = rng.choice(self.train_queries, min(config.batch_size, len(self.train_queries)), replace=False)
-            query_BD = self.encoder.forward([self.query_texts[q] for q in queries], "query")
-            K = min(config.num_candidates, size)
-            proposed, scores = self.refresher.index.search_positions(query_BD.cpu().numpy(), config.overfetch * K)
-            missing = proposed < 0  # an approximate index may find fewer
-            if missing.any():
-                proposed = np.where(missing, rng.integers(size, size=proposed.shape), proposed)
-                scores = np.where(missing, np.float32(-2), scores)
-            drawn = rng.integers(size, size=(len(queries), config.random_candidates))
-            sampled = self._sample_positives(queries, rng)
-            pool_BM = np.concatenate([proposed, drawn, sampled[:, None]], axis=1)
-        if config.overfetch > 1:
-            with self._timed("forward"):
-                distinct, where = np.unique(pool_BM, return_inverse=True)  # -1, nothing found, comes first
-                item_UD = self._encode_positions(distinct)
-                places = torch.from_numpy(where.reshape(pool_BM.shape)).to(item_UD.device)
-                scores_BM = torch.einsum("bd,bmd->bm", query_BD, item_UD[places]).cpu()
-        else:
-            unscored = np.full((len(queries), pool_BM.shape[1] - proposed.shape[1]), -2.0, dtype=np.float32)
-            scores_BM = torch.from_numpy(np.concatenate([scores, unscored], axis=1))
-        unusable_BM = _absent_or_repeated(pool_BM)
-        scores_BM[torch.from_numpy(unusable_BM)] = -torch.inf
-        K = min(K, int((~unusable_BM[:, :-1]).sum(1).min()))  # what was drawn at random may repeat
-        chosen = self._choose(scores_BM, pool_BM, queries, K).numpy()
-        group = Group(queries, np.take_along_axis(pool_BM, chosen, 1))
-        self.refresher.note_retrieved(group.items_BK)
-        return group
+    def retrieve(self, step: int) -> Group:
+        """The groups of a step; the index is refreshed before, where that is due."""
+        group = None
+        if self.world.owner:
+            encoded = self.refresher.encoded
+            with self._timed("refresh"):
+                self.refresher.refresh_if_due(step)
+            self.item_encodings += self.refresher.encoded - encoded
+            with self._timed("retrieve"):
+                rng = np.random.default_rng([self.config.seed, step])
+                group = self.sampler.draw(self.refresher.index, self.config.batch_size * self.world.size, rng)
+                self.refresher.note_retrieved(group.items_BK)
+        found = self.world.from_owner(group)
+        assert found is not None  # the owner has one
+        return found
 
-    def _choose(self, scores_BM: Tensor, pool_BM: Positions, queries: Positions, K: int) -> Tensor:
-        """Columns of the pool that make the group: the random ones, the Top of the rest, and a positive if asked."""
-        priority = scores_BM.clone()
-        randoms = slice(pool_BM.shape[1] - 1 - self.config.random_candidates, pool_BM.shape[1] - 1)
-        priority[:, randoms] = torch.where(priority[:, randoms].isinf(), -torch.inf, 10.0)
-        if self.positives is not None and self.config.force_positives:
-            top = priority.topk(K).indices.numpy()
-            for b, query in enumerate(queries.tolist()):
-                known = self.positives.of(query)
-                if len(known) and not np.isin(pool_BM[b, top[b]], known).any():
-                    priority[b, np.flatnonzero(pool_BM[b] == pool_BM[b, -1])[0]] = 20.0
-        else:
-            priority[:, -1] = -torch.inf
-        return priority.topk(K).indices
+    def _ask(self, group: Group) -> Future[FloatArray]:
+        """Have this process's share of the candidates judged in the background."""
+        return self._judging.submit(self._verdicts, group)
 
-    def _sample_positives(self, queries: Positions, rng: np.random.Generator) -> Positions:
-        """One known positive per query, -1 where none is known."""
-        sampled = np.full(len(queries), -1, dtype=np.int64)
-        if self.positives is not None:
-            known = np.isin(queries, self.positives.queries)
-            sampled[known] = self.positives.sample(queries[known], rng)
-        return sampled
+    def _verdicts(self, group: Group) -> FloatArray:
+        """The rewards of this process's share of a batch, ``[B', K, R]``, NaN where a reward function abstains."""
+        rows = self.world.share(len(group.queries))
+        items_BK = group.items_BK[rows]
+        query_positions, item_positions = np.repeat(group.queries[rows], items_BK.shape[1]), items_BK.ravel()
+        return gather(
+            self.reward_functions,
+            queries=[self.catalog.queries[q] for q in query_positions.tolist()],
+            items=[self.catalog.items[i] for i in item_positions.tolist()],
+            query_positions=query_positions,
+            item_positions=item_positions,
+        ).reshape(*items_BK.shape, -1)
 
-    def judge(self, group: Group) -> FloatArray:
-        """The rewards of every candidate, ``[B, K, R]``, NaN where a reward function abstains; gated if asked."""
+    def judge(
+        self, group: Group, verdicts: Future[FloatArray] | None = None, step: int = 0
+    ) -> tuple[FloatArray, dict[str, float]]:
+        """The rewards of every candidate, ``[B, K, R]``, gated if asked; groups that teach nothing are replaced if asked."""
         with self._timed("judge"):
-            B, K = group.items_BK.shape
-            query_positions, item_positions = np.repeat(group.queries, K), group.items_BK.ravel()
-            rewards = gather(
-                self.reward_functions,
-                queries=[self.catalog.queries[q] for q in query_positions.tolist()],
-                items=[self.catalog.items[i] for i in item_positions.tolist()],
-                query_positions=query_positions,
-                item_positions=item_positions,
-            ).reshape(B, K, -1)
-            self._raw_rewards = rewards
-            config = self.config.rewards
-            if config.gate and "relevance" in self.reward_names:
-                rewards = gate(rewards, self.reward_names.index("relevance"), config.gate_threshold)
-        return rewards
+            mine = torch.from_numpy(verdicts.result() if verdicts else self._verdicts(group)).to(self.encoder.device)
+            group.rewards_BKR = self.world.gather(mine, len(group.queries)).cpu().numpy()
+            rewards = self._gated(group.rewards_BKR)
+            if not self.config.refill:
+                return rewards, {}
+            equal_B = zero_variance(torch.from_numpy(rewards), self.objective.weights_R).numpy()
+            rng = np.random.default_rng([self.config.seed, step, 2])
+            replaced = self.buffer.refill(group, equal_B, rng)
+            return self._gated(group.rewards_BKR), {"refilled_share": replaced / len(equal_B)}
+
+    def _gated(self, rewards_BKR: FloatArray) -> FloatArray:
+        chosen = self.config.rewards
+        if not chosen.gate or "relevance" not in self.reward_names:
+            return rewards_BKR
+        return gate(rewards_BKR, self.reward_names.index("relevance"), chosen.gate_threshold)
 
     def update(
         self, group: Group, rewards: FloatArray, optimizer: torch.optim.Optimizer, rng: np.random.Generator
     ) -> dict[str, float]:
         """One optimiser step on ``-J + beta KL + infonce_weight InfoNCE + anchor_weight anchor``; returns its metrics."""
-        config, device = self.config, self.encoder.device
-        cache = GradCache(self.encoder, config.chunk_size)
+        config, encoder, device = self.config, self.encoder, self.encoder.device
+        cache = GradCache(encoder, config.chunk_size, self.world)
         paired, positives, negatives = self._contrast(group, rng)
         pieces = np.concatenate([group.items_BK.ravel(), positives, negatives])
         distinct, where = np.unique(pieces, return_inverse=True)
         places = torch.from_numpy(where.ravel()).to(device)
         place_BK, own = places[: group.items_BK.size].view(group.items_BK.shape), places[group.items_BK.size :]
         with self._timed("forward"):
-            query_BD = cache.encode([self.query_texts[q] for q in group.queries], "query")
-            item_UD = cache.encode([self.item_texts[i] for i in distinct], "document")
-            self.item_encodings += len(distinct)
-            self.refresher.touch(distinct, item_UD.detach().cpu().numpy())
-            logp_BK = log_probs(torch.einsum("bd,bkd->bk", query_BD, item_UD[place_BK]), config.temperature)
             reference_UD = self.reference_ND[torch.from_numpy(distinct).to(device)]
             reference_BD = self.reference_QD[torch.from_numpy(group.queries).to(device)]
-            reference_BK = torch.einsum("bd,bkd->bk", reference_BD, reference_UD[place_BK])
-            logp_reference_BK = log_probs(reference_BK, config.temperature)
-            kl = kl_divergence(logp_BK, logp_reference_BK).mean()
-            if group.logp_old_BK is None:
-                group.logp_old_BK = logp_BK.detach()
-            self._follow_constraints(logp_BK.detach())
-            objective, metrics = self.objective(
-                logp_BK, group.logp_old_BK, torch.from_numpy(rewards).to(device), logp_reference_BK, rng
-            )
-            loss = -objective + config.beta * kl
+            query_BD = cache.encode([self.query_texts[q] for q in group.queries], "query")
+            item_UD = reference_UD
+            if not encoder.items_fixed:
+                item_UD = cache.encode([self.item_texts[i] for i in distinct], "document")
+                self.item_encodings += len(distinct)
+                if self.world.owner:
+                    self.refresher.touch(distinct, item_UD.detach().cpu().numpy())
+            contrast = None
             if self.positives is not None and len(paired):
+                rows = torch.from_numpy(paired).to(device)
                 masked = torch.from_numpy(self.positives.masked(group.queries[paired], positives, distinct)).to(device)
-                masked = masked.scatter(1, place_BK[torch.from_numpy(paired).to(device)], True)
-                nce = losses.info_nce(query_BD[torch.from_numpy(paired).to(device)], item_UD, own[: len(paired)],
-                                      masked, config.temperature)  # fmt: skip
-                loss = loss + config.infonce_weight * nce
-                metrics["infonce"] = float(nce.detach())
+                contrast = rows, own[: len(paired)], masked.scatter(1, place_BK[rows], True)
+            dims = [encoder.dimension, *draw_prefix(config.matryoshka_dims, rng)]
+            terms = []
+            for d in reversed(dims):  # what is logged is of the full embeddings
+                vectors = (losses.prefix(v, d) for v in (query_BD, item_UD, reference_BD, reference_UD))
+                loss, metrics = self._loss(group, rewards, *vectors, place_BK, contrast, rng)  # type: ignore[call-arg,arg-type]
+                terms.append(loss)
+            loss = torch.stack(terms).mean()
             if config.anchor_weight:
                 drift = losses.anchor(query_BD, reference_BD) + losses.anchor(item_UD, reference_UD)
                 loss = loss + config.anchor_weight * drift
@@ -306,15 +333,76 @@ class RetrievalGRPOTrainer:
         with self._timed("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
             cache.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.encoder.model.parameters(), config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(encoder.trainable_parameters(), config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"the norm of the gradient is {float(norm)} ({metrics}); lower learning_rate")
             optimizer.step()
             optimizer.zero_grad()
         cosine = float((query_BD.detach() * reference_BD).sum(-1).mean())
-        return {"loss": float(loss.detach()), **metrics, "kl": float(kl.detach()), "entropy": float(entropy(logp_BK.detach()).mean()),
-                "grad_norm": float(norm), "effective_rank": effective_rank(query_BD),
-                "cosine_to_reference": cosine}  # fmt: skip
+        return {"loss": float(loss.detach()), **metrics, "grad_norm": float(norm),
+                "effective_rank": effective_rank(query_BD), "cosine_to_reference": cosine}  # fmt: skip
+
+    def _loss(
+        self,
+        group: Group,
+        rewards: FloatArray,
+        query_BD: Tensor,
+        item_UD: Tensor,
+        reference_BD: Tensor,
+        reference_UD: Tensor,
+        place_BK: Tensor,
+        contrast: tuple[Tensor, Tensor, Tensor] | None,
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss but for the anchor of embeddings of one dimension; ``contrast`` holds for InfoNCE the rows of the queries, the
+        places of their positives and the masked items."""
+        config, D = self.config, query_BD.shape[-1]
+        scores_BU = query_BD @ item_UD.T
+        logp_BK = log_probs(scores_BU.gather(1, place_BK), config.temperature)
+        logp_reference_BK = log_probs((reference_BD @ reference_UD.T).gather(1, place_BK), config.temperature)
+        logp_old_BK = group.logp_old.setdefault(D, logp_BK.detach())
+        if self.encoder.dimension == D:
+            self.objective.follow_constraints(logp_BK.detach(), torch.from_numpy(group.rewards_BKR).to(logp_BK.device))
+        kl = kl_divergence(logp_BK, logp_reference_BK).mean()
+        rewards_BKR = torch.from_numpy(rewards).to(logp_BK.device)
+        batch = Batch(logp_BK, logp_old_BK, logp_reference_BK, rewards_BKR, self._list_rewards(group))
+        objective, metrics = self.objective(batch, rng)
+        loss = -objective + config.beta * kl
+        if contrast is not None:
+            rows, own, masked = contrast
+            nce = losses.info_nce(scores_BU[rows], own, masked, config.temperature)
+            loss = loss + config.infonce_weight * nce
+            metrics["infonce"] = float(nce.detach())
+        return loss, metrics | {"kl": float(kl.detach()), "entropy": float(entropy(logp_BK.detach()).mean())}
+
+    def _list_rewards(self, group: Group) -> ListRewards | None:
+        """The weighted rewards of lists drawn from the groups."""
+        if not self.list_functions:
+            return None
+        assert group.rewards_BKR is not None
+        relevance_BK = group.rewards_BKR[..., self.reward_names.index("relevance")]
+
+        def rewards(lists_BNT: Tensor) -> Tensor:
+            B, N, T = lists_BNT.shape
+            rows, places = np.arange(B)[:, None], lists_BNT.reshape(B, N * T).cpu().numpy()
+            positions = group.items_BK[rows, places].reshape(B * N, T)
+            query_positions = np.repeat(group.queries, N)
+            values = gather(
+                [function for function, _ in self.list_functions],
+                queries=[self.catalog.queries[q] for q in query_positions.tolist()],
+                items=[[self.catalog.items[i] for i in row] for row in positions.tolist()],
+                query_positions=query_positions,
+                item_positions=positions,
+                relevance=relevance_BK[rows, places].reshape(B * N, T),
+                group_relevance=np.repeat(relevance_BK, N, axis=0),
+            )
+            self._list_means = {
+                _name(f): float(v) for (f, _), v in zip(self.list_functions, np.nanmean(values, axis=0), strict=True)
+            }
+            weighted = np.nan_to_num(values) @ np.array([weight for _, weight in self.list_functions], dtype=np.float32)
+            return torch.from_numpy(weighted.reshape(B, N)).to(lists_BNT.device)
+
+        return rewards
 
     def _contrast(self, group: Group, rng: np.random.Generator) -> tuple[Positions, Positions, Positions]:
         """For InfoNCE: the rows of the queries with known positives, a positive of each, and the global negatives."""
@@ -326,91 +414,12 @@ class RetrievalGRPOTrainer:
         negatives = rng.choice(len(self.item_texts), count, replace=False)
         return paired, self.positives.sample(group.queries[paired], rng), negatives
 
-    def objective(
-        self,
-        logp_BK: Tensor,
-        logp_old_BK: Tensor,
-        rewards_BKR: Tensor,
-        logp_reference_BK: Tensor,
-        rng: np.random.Generator,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The policy's objective, to be maximised, mean over the batch; and what it says of the rewards."""
-        config, weights_R = self.config, self.reward_weights_R.to(logp_BK.device)
-        equal = zero_variance(rewards_BKR, weights_R)
-        metrics = {"zero_variance_share": float(equal.float().mean())}
-        if config.policy not in POLICY_ETA:
-            cost_B = self._cost(logp_BK, rewards_BKR, total_reward(rewards_BKR, weights_R), logp_reference_BK, rng)
-            return -torch.where(equal, 0.0, cost_B).mean(), metrics
-        weights_BK = candidate_weights(logp_old_BK, POLICY_ETA[config.policy])
-        self._follow_std(rewards_BKR, weights_BK)
-        advantages_BK = group_advantages(
-            rewards_BKR, weights_R, weights_BK, aggregation=config.multi_objective_aggregation,
-            scale=config.scale_rewards, std_floors_R=config.std_floor * self._running_std_R.to(logp_BK.device),
-        )  # fmt: skip
-        down = 0.0 if config.policy == "positive_only" else config.neg_adv_weight
-        advantages_BK = torch.where(advantages_BK < 0, down * advantages_BK, advantages_BK)
-        advantages_BK = torch.where(advantages_BK.abs() < config.dead_zone, 0.0, advantages_BK)
-        ratio = (logp_BK.detach() - logp_old_BK).exp()
-        clipped = ((advantages_BK > 0) & (ratio > 1 + config.epsilon_high)
-                   | (advantages_BK < 0) & (ratio < 1 - config.epsilon))  # fmt: skip
-        metrics |= {"ratio": float(ratio.mean()), "clip_share": float(clipped.float().mean())}
-        surrogate_B = losses.clipped_surrogate(logp_BK, logp_old_BK, advantages_BK, weights_BK,
-                                               config.epsilon, config.epsilon_high)  # fmt: skip
-        return surrogate_B.mean(), metrics
-
-    def _cost(
-        self,
-        logp_BK: Tensor,
-        rewards_BKR: Tensor,
-        total_BK: Tensor,
-        logp_reference_BK: Tensor,
-        rng: np.random.Generator,
-    ) -> Tensor:
-        """The cost of each group, ``[B]``, where it is no sum of advantages."""
-        config = self.config
-        if config.policy == "kl_distill":
-            return losses.distillation(logp_BK, total_BK, config.distill_temperature)
-        if config.policy == "kl_optimum":
-            return losses.distillation(logp_BK, total_BK, config.distill_temperature, logp_reference_BK)
-        if config.policy == "listnet":
-            return losses.distillation(logp_BK, total_BK, 1.0)
-        if config.policy == "lambda":
-            return losses.lambda_loss(logp_BK, total_BK)
-        if config.policy == "dpo_pairs":
-            return losses.dpo_pairs(logp_BK, logp_reference_BK, total_BK, config.dpo_beta)
-        if config.policy == "infonce_hard":
-            judged = "relevance" in self.reward_names
-            values = rewards_BKR[..., self.reward_names.index("relevance")] if judged else total_BK
-            level = config.rewards.gate_threshold if judged else values.nanmean(-1, keepdim=True)
-            return losses.hard_negative_nce(logp_BK, values >= level, values < level)
-        length = min(config.list_length, logp_BK.shape[-1])
-        known = torch.where(total_BK.isnan(), total_BK.nanmean(-1, keepdim=True).nan_to_num(), total_BK)
-        generator = torch.Generator(logp_BK.device).manual_seed(int(rng.integers(2**31)))
-        lists = gumbel_top_k(logp_BK, config.list_samples, length, generator)
-        discounts = 1 / torch.log2(torch.arange(length, device=logp_BK.device) + 2.0)
-        return -losses.pl_rank(logp_BK, known, lists, discounts)
-
-    def _follow_std(self, rewards_BKR: Tensor, weights_BK: Tensor) -> None:
-        """Update each objective's running deviation from the groups in which at least two candidates have a reward."""
-        for r, known in enumerate(self._running_std_R.tolist()):
-            values_BK = rewards_BKR[..., r]
-            std = group_moments(values_BK, weights_BK)[1][(~values_BK.isnan()).sum(-1) > 1]
-            if std.numel():
-                self._running_std_R[r] = 0.95 * known + 0.05 * std.mean() if known > 0 else std.mean()
-
     def _health(self, step: int, group: Group) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for r, name in enumerate(self.reward_names):
-            values = self._raw_rewards[..., r]
-            known = values[~np.isnan(values)]
-            metrics[f"reward/{name}/mean"] = float(known.mean()) if known.size else float("nan")
-            metrics[f"reward/{name}/std"] = float(known.std()) if known.size else float("nan")
-            if self.config.constraint_rate:
-                metrics[f"reward/{name}/weight"] = float(self.reward_weights_R[r])
-            metrics[f"reward/{name}/abstained"] = 1 - known.size / max(1, values.size)
-        counts = np.unique(group.items_BK, return_counts=True)[1]
-        spread = counts.std()
-        metrics["hubness_skew"] = float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0
+        metrics = group_health(group, self.reward_names)
+        if self.config.constraint_rate:
+            weights = zip(self.reward_names, self.objective.weights_R.tolist(), strict=True)
+            metrics |= {f"reward/{name}/weight": weight for name, weight in weights}
+        metrics |= {f"reward/{name}/mean": mean for name, mean in self._list_means.items()}
         metrics |= {"index_age": self.refresher.age(step), "refreshes": float(self.refresher.refreshes)}
         measured = {"overlap@K": self.refresher.overlap, "index_drift": self.refresher.drift,
                     "index_recall": self.refresher.recall}  # fmt: skip
@@ -421,35 +430,6 @@ class RetrievalGRPOTrainer:
                 metrics["judge_cache_hit_rate"] = function.hits / max(1, function.hits + function.calls)
         metrics["item_encodings"] = float(self.item_encodings)
         return metrics | {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
-
-    def _follow_constraints(self, logp_BK: Tensor) -> None:
-        """Dual ascent on the weights of all rewards but the first (Lagrange multipliers, never negative): the level of an
-        objective is its mean under the policy, ``sum_i pi_i r_i`` over the batch, before the gate."""
-        if not self.config.constraint_rate:
-            return
-        rewards_BKR = torch.from_numpy(self._raw_rewards).to(logp_BK.device)
-        known = ~rewards_BKR.isnan()
-        mass_BKR = torch.where(known, logp_BK.exp()[..., None], 0.0)
-        levels_R = ((mass_BKR * rewards_BKR.nan_to_num()).sum((0, 1)) / mass_BKR.sum((0, 1)).clamp_min(1e-12)).cpu()
-        if len(self._levels) < _WINDOW:
-            self._levels.append(levels_R.tolist())
-            return
-        gaps_R = torch.tensor(self._levels).mean(0) - levels_R
-        gaps_R[0] = 0.0
-        self.reward_weights_R = (self.reward_weights_R + self.config.constraint_rate * gaps_R).clamp_min(0.0)
-
-    def _check_collapse(self, step: int, effective_rank: float) -> None:
-        """Raises CollapseError when the queries' embeddings have fallen into few directions."""
-        ranks = self._ranks = [*self._ranks, effective_rank]
-        if len(ranks) > 2 * _WINDOW:
-            del ranks[_WINDOW]  # the first ones are what it began with
-            first, now = np.mean(ranks[:_WINDOW]), np.mean(ranks[_WINDOW:])
-            if now < self.config.collapse_ratio * first:
-                raise CollapseError(
-                    f"step {step}: the effective rank of the query embeddings has fallen from {first:.1f} to {now:.1f}: they "
-                    "collapse. Raise infonce_weight or beta, lower learning_rate, or take policy=exact; the last checkpoint is kept "
-                    "(collapse_ratio=0 turns this alarm off)"
-                )
 
     def _encoder_of_now(self) -> Encode:
         """Encodes items as the model stands at this moment; in the background, by a copy that training does not change."""
@@ -471,18 +451,20 @@ class RetrievalGRPOTrainer:
 
     def _encode_positions(self, positions: Positions) -> Tensor:
         """Embeddings of items without gradient, ``[U, D]``; position -1 gives a zero row."""
-        texts = [self.item_texts[i] for i in positions.tolist() if i >= 0]
+        rows = positions[positions >= 0]
+        missing = torch.zeros(len(positions) - len(rows), self.encoder.dimension, device=self.encoder.device)
+        if self.encoder.items_fixed:
+            return torch.cat([missing, self.reference_ND[torch.from_numpy(rows).to(self.encoder.device)]])
+        texts = [self.item_texts[i] for i in rows.tolist()]
         self.item_encodings += len(texts)
-        size = self.config.chunk_size
-        parts = [self.encoder.forward(texts[i : i + size], "document") for i in range(0, len(texts), size)]
-        missing = torch.zeros(len(positions) - len(texts), self.encoder.dimension, device=self.encoder.device)
-        return torch.cat([missing, *parts])
+        return torch.cat([missing, torch.from_numpy(self.encoder.encode_document(texts)).to(missing.device)])
 
     def _identity(self) -> dict[str, Any]:
         return {
             "config": dataclasses.asdict(self.config),
-            "rewards": self.reward_names,
-            "reward_weights": self.reward_weights_R.tolist(),
+            "rewards": [*self.reward_names, *(_name(function) for function, _ in self.list_functions)],
+            "reward_weights": [*self.objective.weights_R.tolist(), *(weight for _, weight in self.list_functions)],
+            "processes": self.world.size,
             "start_model": self.encoder.fingerprint,
             "items": ids_hash(self.catalog.items.ids),
             "queries": ids_hash(self.catalog.queries.ids),
@@ -491,24 +473,32 @@ class RetrievalGRPOTrainer:
     def _extra(self) -> dict[str, Any]:
         return {
             "item_encodings": self.item_encodings,
-            "running_std": self._running_std_R.tolist(),
-            "effective_ranks": self._ranks,
-            "levels": self._levels,
+            "running_std": self.objective.running_std_R.tolist(),
+            "effective_ranks": self.alarm.ranks,
+            "levels": self.objective.levels,
             "evaluations": self.stopping.points,
             "waited": self.stopping.waited,
-            "reward_weights": self.reward_weights_R.tolist(),
+            "reward_weights": self.objective.weights_R.tolist(),
         }
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        ahead = {"next_queries": self._next.queries, "next_items": self._next.items_BK} if self._next else {}
+        return {**self.refresher.state(), **self.buffer.state(), **ahead}
 
     def _restore(self, found: Any) -> int:
         if found is None:
             return 0
         self.item_encodings = found.extra["item_encodings"]
-        self._running_std_R = torch.tensor(found.extra["running_std"])
-        self._ranks, self._levels = found.extra["effective_ranks"], found.extra["levels"]
-        self.reward_weights_R = torch.tensor(found.extra["reward_weights"])
+        self.objective.running_std_R = torch.tensor(found.extra["running_std"])
+        self.alarm.ranks, self.objective.levels = found.extra["effective_ranks"], found.extra["levels"]
+        self.objective.weights_R = torch.tensor(found.extra["reward_weights"])
         points = [tuple(point) for point in found.extra["evaluations"]]
         self.stopping = EarlyStopping(self.config.eval_patience, points, found.extra["waited"])
-        self.refresher.restore(found.arrays)
+        self.buffer.restore(found.arrays)
+        if "next_queries" in found.arrays:
+            self._next = Group(found.arrays["next_queries"], found.arrays["next_items"])
+        if self.world.owner:
+            self.refresher.restore(found.arrays)
         return int(found.step)
 
     @contextmanager
@@ -518,12 +508,5 @@ class RetrievalGRPOTrainer:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _absent_or_repeated(pool_BM: Positions) -> np.ndarray:
-    """Places of a pool that hold nothing (-1), or an item that stands further left in the same row already."""
-    order = np.argsort(pool_BM, axis=1, kind="stable")
-    ordered = np.take_along_axis(pool_BM, order, 1)
-    repeated = np.zeros_like(ordered, dtype=bool)
-    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    marked = np.zeros_like(repeated)
-    np.put_along_axis(marked, order, repeated, axis=1)
-    return marked | (pool_BM < 0)
+def _name(function: RewardFunction) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))

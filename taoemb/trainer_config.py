@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -13,9 +13,11 @@ from taoemb.index.refresh import RefreshConfig, RefreshMode
 from taoemb.rewards import RewardConfig
 
 Policy = Literal[
-    "paper", "exact", "mixed", "positive_only", "pl_rank",
+    "paper", "exact", "mixed", "positive_only", "pl_rank", "pl_rloo",
     "kl_optimum", "kl_distill", "listnet", "lambda", "infonce_hard", "dpo_pairs",
 ]  # fmt: skip
+CandidateSource = Literal["index", "in_batch", "mixed"]
+MultiObjective = Literal[Aggregation, "separate_losses"]
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,18 @@ class RetrievalGRPOConfig:
 
     policy: Policy = "mixed"
     """``paper`` as published, ``exact`` policy gradient, ``mixed`` of both, ``positive_only``, ``pl_rank`` for the discounted reward of
-    whole lists. Rivals without a policy gradient, on the same candidates and rewards: ``kl_optimum`` fits the best policy near the
+    whole lists, ``pl_rloo`` for rewards that only a whole list has. Rivals without a policy gradient, on the same candidates and rewards: ``kl_optimum`` fits the best policy near the
     stage-1 one, ``kl_distill`` learns the softmax of the rewards, ``listnet`` the same at temperature 1, ``lambda`` is LambdaRank,
     ``infonce_hard`` sets good against bad candidates, ``dpo_pairs`` is DPO (R-GRPO's baseline)."""
     steps: int = 700
     """Retrievals; each is followed by ``num_iterations`` optimiser steps."""
     batch_size: int = 64
-    """B: queries per step."""
+    """B: queries per step, of each process where several train."""
     num_candidates: int = 32
     """K: candidates of a query's group."""
+    candidates: CandidateSource = "index"
+    """Where they come from: the ``index``, the positives of the batch's other queries, gathered across processes (``in_batch``, as
+    published), or half of the group each (``mixed``)."""
     overfetch: int = 1
     """The index proposes this many times K; above 1 the current encoder embeds them all once more and keeps its own Top-K.
     That repairs a stale index, at that many times the item encodings; refreshing more often is cheaper."""
@@ -41,6 +46,16 @@ class RetrievalGRPOConfig:
     """How many of the K are random items instead."""
     force_positives: bool = True
     """A known positive takes the last place of a group that holds none."""
+    exploration: float = 0.0
+    """Scale of Gumbel noise on the logits when a group is chosen from ``overfetch`` times K: 1 draws it from the policy
+    (Plackett-Luce), 0 takes the Top-K."""
+    tail_power: float = 0.0
+    """Queries are drawn in proportion to their frequency to the power of minus this: 0 all alike, above it rare ones more often."""
+    refill: bool = False
+    """Groups whose rewards are all equal give their places to earlier groups, judged already, of other queries."""
+    prefetch: bool = False
+    """Retrieve the next step's groups before the update, so that they are judged while it runs: for judges that take long. The
+    queries are then embedded by the model of one step before."""
     temperature: float = 0.05
     """tau of the policy's softmax over cosines, and of InfoNCE."""
     num_iterations: int = 1
@@ -58,8 +73,12 @@ class RetrievalGRPOConfig:
     """Random items per step in InfoNCE."""
     anchor_weight: float = 0.0
     """Weight of mean(1 - cosine to the stage-1 embedding)."""
-    multi_objective_aggregation: Aggregation = "normalize_then_sum"
-    """``sum_then_normalize`` as published, or each objective on its own first (GDPO)."""
+    multi_objective_aggregation: MultiObjective = "normalize_then_sum"
+    """``sum_then_normalize`` as published, or each objective on its own first (GDPO). ``separate_losses`` computes the policy's
+    loss of each objective and adds them up by weight, where others compute one loss of the summed reward."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Shorter dimensions that the embeddings shall serve too, cut off and scaled to length 1: each step trains the full ones and,
+    drawn at random, one of these, half and half (Matryoshka; Kusupati et al., 2022)."""
     scale_rewards: Scale = "group"
     """Divide advantages by the deviation of the ``group`` (as published), of the ``batch``, or not at all (``none``); ``rank`` takes the
     place of a reward in its group for the reward."""
@@ -76,14 +95,17 @@ class RetrievalGRPOConfig:
     """Above 0, relevance (the first reward) is maximised under the constraint that no other objective falls under its level at the
     start: each step raises the weight of one that has by this rate times the gap, and lowers that of one that has not, down
     to 0. The weights given are where they begin."""
+    distill_weight: float = 0.0
+    """Weight of ``kl_distill`` beside another policy: it holds the whole of a group to the judge's distribution while the policy works
+    on what counts most."""
     distill_temperature: float = 0.2
     """Temperature of the rewards' softmax in ``kl_distill`` and ``kl_optimum``."""
     dpo_beta: float = 0.1
     """Beta of ``dpo_pairs``."""
     list_length: int = 10
-    """Places of a list in ``pl_rank``, discounted as in nDCG."""
+    """Places of a list in ``pl_rank`` and ``pl_rloo``, discounted as in nDCG."""
     list_samples: int = 16
-    """Lists that ``pl_rank`` draws of each group."""
+    """Lists that they draw of each group."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW: about 3e-3 for static embeddings, 1e-6 to 5e-6 for transformers."""
     warmup_ratio: float = 0.05
@@ -107,8 +129,9 @@ class RetrievalGRPOConfig:
     """Recall@K that an approximate index must reach on probe queries; as many lists or nodes are searched as that takes."""
     index_factory: str = "Flat"
     """FAISS factory string of the training index; ``Flat`` is exact."""
-    chunk_size: int = 1024
-    """Texts per forward and backward pass (GradCache); lower it when memory is short."""
+    chunk_size: int = 0
+    """Texts per forward and backward pass (GradCache); lower it when memory is short. 0: 256 for transformers, for static
+    embeddings all, whose activations are small."""
     save_steps: int = 100
     """Steps between checkpoints."""
     eval_steps: int = 0
@@ -123,9 +146,10 @@ class RetrievalGRPOConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "batch_size", "overfetch", "temperature", "num_iterations", "learning_rate",
-                       "chunk_size", "save_steps", "distill_temperature", "dpo_beta", "list_length", "list_samples", "eval_patience")  # fmt: skip
+                       "save_steps", "distill_temperature", "dpo_beta", "list_length", "list_samples", "eval_patience")  # fmt: skip
         check_optimiser(self.warmup_ratio, self.max_grad_norm)
-        choices = {"policy": Policy, "multi_objective_aggregation": Aggregation, "scale_rewards": Scale}
+        choices = {"policy": Policy, "multi_objective_aggregation": MultiObjective, "scale_rewards": Scale,
+                   "candidates": CandidateSource}  # fmt: skip
         for name, choice in choices.items():
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(get_args(choice))}")
@@ -133,6 +157,13 @@ class RetrievalGRPOConfig:
             raise ValueError(f"num_candidates={self.num_candidates}: a group needs at least 2 to compare")
         if not 0 <= self.random_candidates < self.num_candidates:
             raise ValueError(f"random_candidates={self.random_candidates}: give 0 to num_candidates - 1")
+        if self.exploration and self.overfetch == 1:
+            raise ValueError(f"exploration={self.exploration} chooses from more than K: give overfetch=2 or more")
+        if self.policy == "pl_rloo" and self.list_samples < 2:
+            raise ValueError("list_samples=1: pl_rloo compares lists, give 2 or more")
+        if self.policy != "pl_rloo" and (self.rewards.exclusivity_mode == "list" or self.rewards.diversity):
+            raise ValueError(f"policy={self.policy!r} rewards items; exclusivity_mode=list and diversity reward whole lists, which "
+                             "policy=pl_rloo can do")  # fmt: skip
         _ = self.refresh
         for name in (
             "beta",
@@ -144,7 +175,11 @@ class RetrievalGRPOConfig:
             "dead_zone",
             "collapse_ratio",
             "constraint_rate",
+            "distill_weight",
             "eval_steps",
+            "exploration",
+            "chunk_size",
+            "tail_power",
         ):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
@@ -152,6 +187,16 @@ class RetrievalGRPOConfig:
             raise ValueError(
                 f"epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: give 0 < epsilon < 1 and more than 0"
             )
+
+    @classmethod
+    def as_published(cls, **settings: Any) -> RetrievalGRPOConfig:
+        """R-GRPO's own objective, eq. 7: the three rewards summed with weight 1 and without a gate, the published proxy of
+        exclusivity, advantages over the group's deviation, clip and KL, candidates from the batch, and no InfoNCE. The numbers
+        that it does not publish are ours, and like all others may be given."""
+        rewards = RewardConfig(relevance=1, quality=1, exclusivity=1, gate=False, exclusivity_mode="lexical")
+        published: dict[str, Any] = {"policy": "paper", "multi_objective_aggregation": "sum_then_normalize", "std_floor": 0.0, "infonce_weight": 0.0,
+                     "candidates": "in_batch", "rewards": rewards}  # fmt: skip
+        return cls(**published | settings)
 
     @property
     def refresh(self) -> RefreshConfig:

@@ -1,6 +1,6 @@
 """Settings for every test: no network, one thread, no window. They must be set before the libraries are imported.
 
-Below them, what tests share: a small shop and two tiny models with random weights, made on the spot.
+Below them, what tests share: a small shop and three tiny models with random weights, made on the spot.
 """
 
 import os
@@ -100,4 +100,31 @@ def tiny_bert(shop_words, tmp_path_factory):
     folder = parts / "tiny_bert"
     model = SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu")
     model.save(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(shop_words, tmp_path_factory):
+    """Folder of a bare Hugging Face decoder: 2-layer Llama, 32 dimensions, in bfloat16; its tokenizer adds no special
+    token, has an eos token and a chat template, and no pad token."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny_llm"
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "</s>", *shop_words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, unk_token="[UNK]", eos_token="</s>",
+        chat_template="{% for message in messages %}cream {{ message['content'] }}</s>{% endfor %}",
+    ).save_pretrained(folder)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=64, bos_token_id=None, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder

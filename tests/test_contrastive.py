@@ -126,7 +126,7 @@ def test_equal_texts_are_masked():
         ({"batch_size": -1}, "batch_size=-1"),
         ({"temperature": 0}, "temperature=0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
-        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"chunk_size": -1}, "chunk_size=-1: give 0 or more"),
         ({"save_steps": 0}, "save_steps=0"),
         ({"warmup_ratio": 1}, "warmup_ratio=1: give a share from 0 to below 1"),
         ({"warmup_ratio": -0.1}, "warmup_ratio=-0.1"),

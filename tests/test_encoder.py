@@ -173,7 +173,7 @@ def test_token_cache_changes_nothing(static_model, monkeypatch, small_shop):
     for _ in range(2):
         np.testing.assert_allclose(small.encode_document(texts), fresh, atol=1e-7)
     np.testing.assert_allclose(small.encode_document(texts[:5] * 8), np.concatenate([fresh[:5]] * 8), atol=1e-7)
-    assert len(small._tokens) <= 20
+    assert len(small._tokens["document"]) <= 20
 
 
 def test_token_cache_keeps_prompts_apart(static_model, tmp_path):

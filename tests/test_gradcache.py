@@ -159,6 +159,6 @@ def test_leaves_are_unit_vectors_that_collect_gradients(folder, texts):
         np.testing.assert_allclose(leaf.detach().numpy(), encoder.encode_document(texts[1]), atol=1e-6)
 
 
-def test_chunk_size_must_be_positive(static_model):
-    with pytest.raises(ValueError, match="chunk_size=0"):
-        GradCache(Encoder(static_model), 0)
+def test_chunk_size_must_not_be_negative(static_model):
+    with pytest.raises(ValueError, match="chunk_size=-1"):
+        GradCache(Encoder(static_model), -1)

@@ -8,11 +8,13 @@ import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from taoemb.backbone import BackboneConfig
 from taoemb.catalog import Catalog, Items, QuerySet
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
 from taoemb.index.runs import RunChannel, write_run
 from taoemb.job import JudgeConfig, TrainConfig, TrainJob
+from taoemb.rewards import RewardConfig
 from taoemb.trainer import RetrievalGRPOTrainer
 
 SYSTEMS = ["bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo"]
@@ -62,17 +64,43 @@ def test_a_run_folder_holds_what_is_promised(config, tmp_path):
     assert (run / "metrics.json").read_bytes() == before
 
 
+def test_the_backbone_holds_for_both_stages(config, small_shop, tmp_path):
+    """With the query tower alone the items of all systems have the start model's vectors."""
+    config = dataclasses.replace(config, backbone=BackboneConfig(tower="query_only"))
+    TrainJob(config, tmp_path).run()
+    encoders = [Encoder(tmp_path / folder) for folder in ("models/untrained", "models/stage1", "model")]
+    items = [encoder.encode_document(small_shop.items) for encoder in encoders]
+    queries = [encoder.encode_query(small_shop.queries.texts) for encoder in encoders]
+    np.testing.assert_allclose(items[1], items[0], atol=1e-6)
+    np.testing.assert_array_equal(items[2], items[1])
+    assert np.abs(queries[1] - queries[0]).max() > 1e-3
+    assert np.abs(queries[2] - queries[1]).max() > 1e-3
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["item_encodings"]["retrieval_grpo"] == len(small_shop.items)
+
+
+def test_rewards_of_lists_by_the_settings(config, tmp_path):
+    rewards = RewardConfig(exclusivity_mode="list", diversity=0.1)
+    stage2 = dataclasses.replace(config.stage2, policy="pl_rloo", list_length=3, rewards=rewards)
+    TrainJob(dataclasses.replace(config, stage2=stage2, systems=("stage1", "retrieval_grpo")), tmp_path).run()
+    log = [json.loads(line) for line in (tmp_path / "logs" / "retrieval_grpo.jsonl").read_text().splitlines()]
+    for reward in ("diversity", "list_exclusivity"):
+        means = [line[f"reward/{reward}/mean"] for line in log]
+        assert all(0 <= mean <= 1 for mean in means)
+        assert max(means) > 0
+
+
 @pytest.mark.parametrize("stop", [0, 3, 6])
 def test_a_stopped_run_ends_as_an_uninterrupted_one(config, tmp_path, monkeypatch, stop):
     TrainJob(config, tmp_path / "whole").run()
     judge, calls = RetrievalGRPOTrainer.judge, 0
 
-    def interrupted(self, group):
+    def interrupted(self, *arguments):
         nonlocal calls
         calls += 1
         if calls == stop + 1:
             raise KeyboardInterrupt
-        return judge(self, group)
+        return judge(self, *arguments)
 
     monkeypatch.setattr(RetrievalGRPOTrainer, "judge", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -274,13 +274,13 @@ def test_info_nce_is_the_loop(B, U, seed):
             if u != positive_B[b] and not masked_BU[b, u]
         )
         expected -= math.log(own / (own + rest)) / B
-    got = info_nce(query_BD, item_UD, torch.tensor(positive_B), torch.tensor(masked_BU), TAU)
+    got = info_nce(query_BD @ item_UD.T, torch.tensor(positive_B), torch.tensor(masked_BU), TAU)
     assert got.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_masked_positive_still_counts_and_the_callers_mask_is_left_alone():
     masked_BU = torch.ones(2, 3, dtype=torch.bool)
-    assert info_nce(seeded(2, 3), seeded(3, 3, seed=1), torch.tensor([0, 2]), masked_BU, TAU).item() == 0
+    assert info_nce(seeded(2, 3) @ seeded(3, 3, seed=1).T, torch.tensor([0, 2]), masked_BU, TAU).item() == 0
     assert masked_BU.all()
 
 
@@ -310,7 +310,7 @@ def test_info_nce_is_sentence_transformers_loss(negatives, cached):
     else:
         theirs = MultipleNegativesRankingLoss(model, scale=1 / TAU)
         expected = theirs([{"embedding": column} for column in columns], torch.zeros(0))
-    ours = info_nce(columns[0], torch.cat(columns[1:]), torch.arange(3), torch.zeros(3, 3 + negatives) > 0, TAU)
+    ours = info_nce(columns[0] @ torch.cat(columns[1:]).T, torch.arange(3), torch.zeros(3, 3 + negatives) > 0, TAU)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-9)
     for a, b in zip(gradient(ours, *weights), gradient(expected, *weights), strict=True):
         assert torch.allclose(a, b, atol=1e-9)

@@ -9,11 +9,14 @@ import pyarrow as pa
 import pytest
 
 from taoemb.catalog import Item, Items, Query
+from taoemb.contrastive import Positives
 from taoemb.index.channels import BM25Channel
 from taoemb.index.runs import RunChannel
 from taoemb.judge import OracleJudge
 from taoemb.rewards import (
     ExclusivityReward,
+    ListDiversityReward,
+    ListExclusivityReward,
     QualityReward,
     RelevanceReward,
     RewardConfig,
@@ -365,3 +368,44 @@ def test_the_uncertain_middle_abstains():
 def test_new_settings_are_checked(setting, words):
     with pytest.raises(ValueError, match=words):
         RewardConfig(**setting)
+
+
+def test_a_click_is_worth_something_whatever_the_judge_says():
+    clicked = SimpleNamespace(known=lambda queries, items: (queries == 0) & (items <= 1))
+    judge = OracleJudge({"q0": {"a": 3}, "q1": {"b": 0}})  # says nothing about q0 and b
+    reward = RelevanceReward(judge, clicked=clicked, click_floor=0.6)
+    assert reward(**PAIRS).tolist() == pytest.approx([1.0, 0.6, 0.0])
+
+
+def test_clicks_by_the_catalog(small_shop):
+    positives = Positives(small_shop, small_shop.items.ids)
+    query = int(positives.queries[0])
+    items = np.arange(len(small_shop.items))
+    assert np.flatnonzero(positives.known(np.full(len(items), query), items)).tolist() == positives.of(query).tolist()
+
+
+LISTS = {
+    "queries": [QUERIES[0], QUERIES[0]],
+    "items": [[ITEMS[0], ITEMS[1]], [ITEMS[1], ITEMS[2]]],
+    "item_positions": np.array([[0, 1], [1, 2]]),
+    "relevance": np.array([[1.0, 0.7], [0.7, 0.2]]),
+    "group_relevance": np.array([[1.0, 0.7, 0.2]] * 2),
+}
+
+
+def test_list_exclusivity_is_the_recall_that_a_list_adds():
+    """Two good candidates, a and b; the channel finds a."""
+    channel = RunChannel("other", {"red shoes": ["a"]})
+    reward = ListExclusivityReward(channel, 10, 0.5)
+    assert reward(**LISTS).tolist() == [0.5, 0.5]
+    assert ListExclusivityReward(RunChannel("none", {"red shoes": []}), 10, 0.5)(**LISTS).tolist() == [1.0, 0.5]
+
+
+def test_diversity_counts_the_values_of_the_good_items():
+    items = [Item("a", "x", brand="Ay"), Item("b", "y", brand="Bee"), Item("c", "z", brand="Ay"), Item("d", "w")]
+    reward = ListDiversityReward("brand", 0.5)
+    lists = [[items[0], items[1]], [items[0], items[2]], [items[0], items[3]], [items[1], items[2]]]
+    relevance = np.array([[1, 1], [1, 1], [1, 1], [1, 0.2]])
+    assert reward(items=lists, relevance=relevance).tolist() == [1.0, 0.5, 0.5, 0.5]
+    colours = [[Item("a", "x", attributes={"colour": c}) for c in row] for row in (("red", "blue"), ("red", "red"))]
+    assert ListDiversityReward("colour", 0.5)(items=colours, relevance=np.ones((2, 2))).tolist() == [1.0, 0.5]

@@ -15,20 +15,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import TrainerCallback
 
+import taoemb.objective
 import taoemb.trainer
 from taoemb import early_stopping
 from taoemb.advantages import group_advantages
+from taoemb.backbone import BackboneConfig, prepare
+from taoemb.callbacks import Callbacks
 from taoemb.catalog import Catalog
 from taoemb.checkpoint import CheckpointError
 from taoemb.contrastive import ContrastiveConfig, Positives, train_contrastive
 from taoemb.early_stopping import EarlyStopping
 from taoemb.encoder import Encoder
+from taoemb.health import CollapseError
 from taoemb.index.channels import BM25Channel
+from taoemb.index.exact import ExactIndex
 from taoemb.judge import OracleJudge
+from taoemb.objective import Batch, Objective
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, RewardConfig
 from taoemb.store import encode_corpus
-from taoemb.trainer import CollapseError, RetrievalGRPOTrainer
+from taoemb.trainer import RetrievalGRPOTrainer
 from taoemb.trainer_config import Policy, RetrievalGRPOConfig
 
 QUICK = {
@@ -45,12 +52,12 @@ class Recorder(RetrievalGRPOTrainer):
         super().__init__(*args, **options)
         self.groups, self.rewards, self.raw, self.proposals = [], [], [], []
 
-    def judge(self, group):
-        rewards = super().judge(group)
+    def judge(self, group, *rest):
+        rewards, metrics = super().judge(group, *rest)
         self.groups.append(group)
         self.rewards.append(rewards)
-        self.raw.append(self._raw_rewards)
-        return rewards
+        self.raw.append(group.rewards_BKR)
+        return rewards, metrics
 
 
 @pytest.fixture
@@ -90,7 +97,7 @@ def advantages(monkeypatch):
         seen.append(group_advantages(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(taoemb.trainer, "group_advantages", recorded)
+    monkeypatch.setattr(taoemb.objective, "group_advantages", recorded)
     return seen
 
 
@@ -170,6 +177,12 @@ def toy(words, items, queries, grade=3):
         ({"epsilon": 1}, "epsilon=1"),
         ({"epsilon_high": 0}, "epsilon_high=0"),
         ({"warmup_ratio": 1}, "warmup_ratio=1"),
+        ({"candidates": "batch"}, "candidates='batch': give one of index, in_batch, mixed"),
+        ({"exploration": 1.0}, "exploration=1.0 chooses from more than K: give overfetch=2"),
+        ({"tail_power": -1}, "tail_power=-1: give 0 or more"),
+        ({"policy": "pl_rloo", "list_samples": 1}, "list_samples=1: pl_rloo compares lists"),
+        ({"rewards": RewardConfig(diversity=0.1)}, "policy='mixed' rewards items; .* which policy=pl_rloo can do"),
+        ({"rewards": RewardConfig(exclusivity_mode="list")}, "exclusivity_mode=list"),
     ],
 )
 def test_config_rejects(settings, message):
@@ -247,7 +260,7 @@ def test_over_fetched_candidates_are_ranked_by_the_current_encoder(make, small_s
             checked.append(set(items.tolist()) == set(proposals[:6].tolist()))
 
     judge = trainer.judge
-    trainer.judge = lambda group: (check(group), judge(group))[1]
+    trainer.judge = lambda group, *rest: (check(group), judge(group, *rest))[1]
     trainer.train()
     assert len(checked) == 48
     assert 8 <= sum(checked) < 40  # at step 0 both agree, later the index is stale
@@ -482,7 +495,7 @@ def test_the_running_deviation_ignores_groups_that_abstain(make):
     rewards = trainer.rewards[0][..., 0]
     known = rewards[~np.isnan(rewards).any(1)]
     assert 0 < len(known) < 8
-    assert trainer._running_std_R.item() == pytest.approx(known.std(1, ddof=1).mean(), rel=1e-4)
+    assert trainer.objective.running_std_R.item() == pytest.approx(known.std(1, ddof=1).mean(), rel=1e-4)
 
 
 def test_T10_the_gate_removes_an_exclusivity_hack(make, small_shop, static_model, advantages, tmp_path):
@@ -629,16 +642,16 @@ def test_it_learns_with_the_default_terms(make, small_shop, static_model):
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_diverging_run_stops_before_it_ruins_the_model(make, monkeypatch, fault):
     trainer = make()
-    objective, calls = trainer.objective, []
+    objective, calls = taoemb.objective.Objective.__call__, []
 
-    def diverging(logp_BK, *rest):
-        value, metrics = objective(logp_BK, *rest)
+    def diverging(self, batch, rng):
+        value, metrics = objective(self, batch, rng)
         calls.append(value)
         if len(calls) < 4:
             return value, metrics
-        return (value * math.inf if fault == "loss" else value + (0 * logp_BK).sum().sqrt()), metrics
+        return (value * math.inf if fault == "loss" else value + (0 * batch.logp_BK).sum().sqrt()), metrics
 
-    trainer.objective = diverging
+    monkeypatch.setattr(taoemb.objective.Objective, "__call__", diverging)
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         trainer.train()
     assert all(tensor.isfinite().all() for tensor in weights_of(trainer).values())
@@ -669,14 +682,21 @@ def comparable(log):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, RICH, {"index_factory": "HNSW8", "policy": "kl_distill"}, {"policy": "pl_rank"}, {"constraint_rate": 0.5}],
+    [
+        {},
+        RICH,
+        {"index_factory": "HNSW8", "policy": "kl_distill"},
+        {"policy": "pl_rank"},
+        {"constraint_rate": 0.5},
+        {"prefetch": True, "refill": True, "random_candidates": 3},
+    ],
     ids=str,
 )
 def test_T12_stage_2_interrupted_at_several_steps_ends_like_the_uninterrupted_run(
     make, small_shop, settings, monkeypatch
 ):
     """Bit for bit, weights and log: before the first checkpoint, between two, right after one, with a stale index."""
-    monkeypatch.setattr(taoemb.trainer, "_WINDOW", 2)  # the weights of constraints move from step 2 on
+    monkeypatch.setattr(taoemb.objective, "WINDOW", 2)  # the weights of constraints move from step 2 on
     quality = small_shop.items.column("quality")
 
     def trainer(run, last=math.inf):
@@ -794,13 +814,13 @@ def test_the_alarm_can_be_turned_off_and_is_silent_in_a_healthy_run(make):
 def test_the_alarm_goes_on_after_a_resume(make):
     trainer = make(steps=3)
     for value in (8.0,) * 20 + (8.0,) * 20:
-        trainer._check_collapse(0, value)
+        trainer.alarm.check(0, value)
     again = make(steps=3, run="b")
-    again._ranks = list(trainer._extra()["effective_ranks"])
+    again.alarm.ranks = list(trainer._extra()["effective_ranks"])
     for _ in range(15):  # the mean of the last 20 is 2.75 then, over .3 of 8
-        again._check_collapse(50, 1.0)
+        again.alarm.check(50, 1.0)
     with pytest.raises(CollapseError):
-        again._check_collapse(51, 0.5)
+        again.alarm.check(51, 0.5)
 
 
 def test_a_dead_zone_leaves_small_advantages_out(make, advantages, monkeypatch):
@@ -825,9 +845,9 @@ def test_weights_follow_the_constraints_by_hand(make):
     logp_BK = torch.log(torch.tensor([[0.75, 0.25]]))
 
     def levels(quality):
-        trainer._raw_rewards = np.array([[[1.0, quality[0]], [0.0, quality[1]]]], dtype=np.float32)
-        trainer._follow_constraints(logp_BK)
-        return trainer.reward_weights_R.tolist()
+        rewards = np.array([[[1.0, quality[0]], [0.0, quality[1]]]], dtype=np.float32)
+        trainer.objective.follow_constraints(logp_BK, torch.from_numpy(rewards))
+        return trainer.objective.weights_R.tolist()
 
     for _ in range(20):
         assert levels([0.8, 0.4]) == [1.0, pytest.approx(0.2)]  # the level at the start: .75 x .8 + .25 x .4 = .7
@@ -918,3 +938,334 @@ def test_a_run_that_stopped_does_not_go_on(make, monkeypatch):
 def test_evaluation_needs_graded_queries(make, small_shop):
     with pytest.raises(ValueError, match="eval_steps=2 needs graded queries of split 'validation'"):
         make(eval_steps=2, catalog=dataclasses.replace(small_shop, qrels={}))
+
+
+# --- where candidates come from ---------------------------------------------------------------------------------------
+
+
+def test_candidates_of_the_batch_are_its_positives(make, counted):
+    """As published: the group of a query is taken from what answers the batch's queries; no index is searched."""
+    trainer = make(steps=2, candidates="in_batch", num_candidates=5, infonce_weight=0)
+    trainer.train()
+    positives = Positives(trainer.catalog, trainer.item_texts)
+    for group in trainer.groups:
+        answers = {int(i) for q in group.queries.tolist() for i in positives.of(q)}
+        assert group.items_BK.shape == (8, 5)
+        for query, items in zip(group.queries.tolist(), group.items_BK, strict=True):
+            assert set(items.tolist()) <= answers
+            assert len(set(items.tolist())) == 5
+            assert np.isin(items, positives.of(query)).any()
+    assert curve(trainer, "refreshes") == [0, 0]
+
+
+def test_mixed_candidates_are_half_the_indexes_and_half_the_batchs(make, small_shop, static_model):
+    trainer = make(steps=1, candidates="mixed", force_positives=False)
+    trainer.train()
+    (group,) = trainer.groups
+    encoder = Encoder(static_model)
+    scores = encoder.encode_query(small_shop.queries.texts) @ encoder.encode_document(small_shop.items).T
+    positives = Positives(small_shop, trainer.item_texts)
+    answers = {int(i) for q in group.queries.tolist() for i in positives.of(q)}
+    for query, items in zip(group.queries.tolist(), group.items_BK, strict=True):
+        top = np.argsort(-scores[query], kind="stable")[:6]
+        others = [i for i in items.tolist() if i not in top]
+        assert set(others) <= answers
+        assert set(top[:3].tolist()) <= set(items.tolist())  # what both propose may leave more room for the index
+
+
+def test_candidates_of_the_batch_need_positives(make, shop_words):
+    with pytest.raises(
+        ValueError, match="candidates='in_batch' takes the positives of the batch, and no training query"
+    ):
+        make(catalog=toy(shop_words, 20, 8, grade=1), infonce_weight=0, candidates="in_batch")
+
+
+def test_exploration_draws_groups_from_the_policy(make, static_model, shop_words):
+    """The share of groups that hold an item is that of Plackett-Luce draws without replacement, by enumeration."""
+    catalog = toy(shop_words, 4, 1)
+    trainer = make(
+        catalog=catalog, num_candidates=2, overfetch=2, exploration=1.0, force_positives=False, temperature=0.5
+    )
+    index = ExactIndex.build(encode_corpus(Encoder(static_model), catalog.items))
+    rng = np.random.default_rng(0)
+    drawn = [trainer.sampler.draw(index, 1, rng).items_BK[0] for _ in range(3000)]
+    share = np.bincount(np.concatenate(drawn), minlength=4) / 3000
+    encoder = Encoder(static_model)
+    scores = encoder.encode_query(catalog.queries.texts)[0] @ encoder.encode_document(catalog.items).T
+    p = np.exp(scores / 0.5)
+    p /= p.sum()
+    expected = [p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)]
+    np.testing.assert_allclose(share, expected, atol=0.03)
+    assert np.ptp(share) > 0.1
+
+
+def test_rare_queries_are_drawn_more_often(make, small_shop):
+    rare = make(tail_power=1.0, batch_size=1)
+    index = ExactIndex.build(encode_corpus(rare.encoder, small_shop.items))
+    rng = np.random.default_rng(0)
+    drawn = [int(rare.sampler.draw(index, 1, rng).queries[0]) for _ in range(2000)]
+    frequency = np.array([small_shop.queries[q].frequency for q in rare.train_queries])
+    expected = (1 / frequency) / (1 / frequency).sum()
+    found = np.array([drawn.count(q) for q in rare.train_queries.tolist()]) / 2000
+    order = np.argsort(frequency)
+    half = len(order) // 2
+    assert found[order[:half]].sum() == pytest.approx(expected[order[:half]].sum(), abs=0.04)
+    assert expected[order[:half]].sum() > 0.6
+
+
+def test_the_tail_needs_frequencies(make, shop_words):
+    with pytest.raises(ValueError, match=r"tail_power=0.5 needs the frequencies of the training queries"):
+        make(catalog=toy(shop_words, 20, 8), tail_power=0.5)
+
+
+def test_groups_that_teach_nothing_are_refilled_without_the_judge(make, small_shop):
+    """Half of the queries get equal rewards: from the second step on their places go to groups of before."""
+    asked = []
+
+    def half(*, query_positions, item_positions, **_):
+        asked.append(len(query_positions))
+        return [0.5 if q % 2 else (i * 7919 % 11) / 10 for q, i in zip(query_positions, item_positions, strict=True)]
+
+    trainer = make([half], steps=6, refill=True, policy="paper")
+    trainer.train()
+    assert set(asked) == {8 * 6}
+    refilled, equal = curve(trainer, "refilled_share"), curve(trainer, "zero_variance_share")
+    assert refilled[0] == 0
+    assert all(share > 0 for share in refilled[2:])
+    assert max(equal[3:]) < equal[0]
+    judged = {}
+    for group, rewards in zip(trainer.groups, trainer.rewards, strict=True):
+        assert len(set(group.queries.tolist())) == 8  # no query twice
+        for query, items, row in zip(group.queries.tolist(), group.items_BK, rewards[..., 0], strict=True):
+            for item, value in zip(items.tolist(), row.tolist(), strict=True):
+                assert judged.setdefault((query, item), value) == value  # the rewards are those of the pair
+
+
+def test_the_next_groups_are_judged_while_the_update_runs(make):
+    """A judge that takes as long as an update costs nothing; groups and rewards stay together."""
+    order = []
+
+    def slow(*, item_positions, **_):
+        order.append("asked")
+        time.sleep(0.05)
+        order.append("answered")
+        return (item_positions * 7919 % 11) / 10
+
+    trainer = make([slow], steps=4, prefetch=True)
+    update = trainer.update
+
+    def watched(group, rewards, *rest):
+        np.testing.assert_allclose(rewards[..., 0], (group.items_BK * 7919 % 11) / 10, rtol=1e-6)
+        while order.count("asked") < min(4, len(trainer.groups) + 1):
+            time.sleep(0.001)  # the next question is put before this update is over
+        order.append("updated")
+        return update(group, rewards, *rest)
+
+    trainer.update = watched
+    trainer.train()
+    assert order.count("asked") == 4  # no group is judged twice
+    assert order.index("updated") < order.index("answered", order.index("answered") + 1)
+
+
+# --- the published objective ------------------------------------------------------------------------------------------
+
+
+def test_the_published_preset_is_eq_7_by_hand():
+    """Three queries with three candidates each; plain Python and no tensor. Logits are s / tau."""
+    logits = [[1.0, 0.0, -1.0], [0.5, 0.5, 0.0], [2.0, 1.0, 0.0]]
+    before = [[0.9, 0.2, -1.1], [0.5, 0.5, 0.0], [0.0, 1.0, 2.0]]
+    rewards = [  # relevance, quality, exclusivity: summed with weight 1, no gate
+        [(0.99, 0.1, 0.2), (0.44, 0.9, 0.5), (0.29, 0.5, 1.0)],
+        [(1.0, 0.5, 0.5), (1.0, 0.5, 0.5), (1.0, 0.5, 0.5)],  # all alike: nothing
+        [(0.9, 0.0, 0.0), (0.1, 0.3, 0.0), (0.0, 0.0, 0.6)],
+    ]
+    total = 0.0
+    for z, old, row in zip(logits, before, rewards, strict=True):
+        pi, pi_old = ([math.exp(v) / sum(map(math.exp, values)) for v in values] for values in (z, old))
+        r = [sum(parts) for parts in row]
+        mean = sum(r) / 3
+        std = math.sqrt(sum((v - mean) ** 2 for v in r) / 2)
+        for i in range(3):
+            advantage = (r[i] - mean) / (std + 1e-4) if max(r) > min(r) else 0.0
+            rho = pi[i] / pi_old[i]
+            total += min(rho * advantage, min(max(rho, 0.8), 1.28) * advantage) / 9
+    config = RetrievalGRPOConfig.as_published()
+    objective = Objective(config, ["relevance", "quality", "exclusivity"],
+                          [config.rewards.relevance, config.rewards.quality, config.rewards.exclusivity])  # fmt: skip
+    logp, old = (torch.log_softmax(torch.tensor(values), -1) for values in (logits, before))
+    value, metrics = objective(Batch(logp, old, old, torch.tensor(rewards)), np.random.default_rng(0))
+    assert float(value) == pytest.approx(total, rel=1e-4)
+    assert metrics["zero_variance_share"] == pytest.approx(1 / 3)
+    assert metrics["clip_share"] > 0
+    assert (config.rewards.gate, config.infonce_weight, config.candidates) == (False, 0, "in_batch")
+    assert RetrievalGRPOConfig.as_published(beta=0.1).beta == 0.1
+
+
+# --- several losses, several dimensions, lists ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["kl_distill", "lambda"])
+def test_separate_losses_are_the_weighted_sum_of_each_objectives_own(policy):
+    logp_BK = torch.log_softmax(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), -1)
+    rewards_BKR = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(1))
+    batch = Batch(logp_BK, logp_BK, logp_BK, rewards_BKR)
+
+    def value(weights, rewards, names, **settings):
+        objective = Objective(RetrievalGRPOConfig(policy=policy, **settings), names, weights)
+        return float(objective(dataclasses.replace(batch, rewards_BKR=rewards), np.random.default_rng(0))[0])
+
+    both = value([1.0, 0.3], rewards_BKR, ["relevance", "quality"], multi_objective_aggregation="separate_losses")
+    alone = [value([1.0], rewards_BKR[..., r : r + 1], [name]) for r, name in enumerate(("relevance", "quality"))]
+    assert both == pytest.approx(alone[0] + 0.3 * alone[1], rel=1e-5)
+    assert both != pytest.approx(value([1.0, 0.3], rewards_BKR, ["relevance", "quality"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["paper", "lambda", "pl_rloo"])
+def test_distillation_beside_a_policy_is_added_with_its_weight(policy):
+    logp_BK = torch.log_softmax(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), -1)
+    rewards_BKR = torch.rand(3, 5, 1, generator=torch.Generator().manual_seed(1))
+    rewards_BKR[1] = 0.5  # all alike: no part of a mean that is over the batch
+
+    def value(**settings):
+        objective = Objective(RetrievalGRPOConfig(**settings), ["relevance"], [1.0])
+        return float(objective(Batch(logp_BK, logp_BK, logp_BK, rewards_BKR), np.random.default_rng(0))[0])
+
+    both = value(policy=policy, distill_weight=0.7)
+    assert both == pytest.approx(value(policy=policy) + 0.7 * value(policy="kl_distill"), rel=1e-5)
+    assert value(policy="kl_distill") < 0
+
+
+def test_matryoshka_trains_the_prefix_too(make, small_shop, tmp_path):
+    """The first 8 of 16 dimensions serve better where they are trained."""
+
+    def prefix_ndcg(**settings):
+        trainer = make(steps=120, batch_size=32, run=str(settings), **settings)
+        trainer.train()
+
+        class Prefix:
+            def encode_query(self, texts):
+                return short(trainer.encoder.encode_query(texts))
+
+            def encode_document(self, items):
+                return short(trainer.encoder.encode_document(items))
+
+        return ndcg(Prefix(), small_shop), ndcg(trainer.encoder, small_shop)
+
+    def short(vectors):
+        return vectors[:, :8] / np.linalg.norm(vectors[:, :8], axis=1, keepdims=True).clip(1e-9)
+
+    plain, trained = prefix_ndcg(), prefix_ndcg(matryoshka_dims=(8,))
+    assert trained[0] > plain[0] + 0.02
+    assert trained[1] > plain[1] - 0.05
+
+
+def test_matryoshka_dimensions_are_shorter_than_the_embeddings(make):
+    with pytest.raises(ValueError, match=r"matryoshka_dims=\(8, 16\): the embeddings have 16 dimensions; give fewer"):
+        make(matryoshka_dims=(8, 16))
+
+
+class Spread:
+    """A reward that only lists have: 1 where the first item of a list has an odd position."""
+
+    __name__ = "spread"
+    of_lists = True
+
+    def __call__(self, *, queries, items, item_positions, relevance, group_relevance, **_):
+        assert len(queries) == len(items) == len(item_positions) == len(relevance) == len(group_relevance)
+        assert item_positions.shape == relevance.shape == (len(queries), 3)
+        assert group_relevance.shape == (len(queries), 6)
+        return (item_positions[:, 0] % 2).astype(np.float32)
+
+
+def test_a_reward_of_lists_is_learned(make, small_shop):
+    trainer = make([relevance(small_shop), Spread()], [0.0, 1.0], policy="pl_rloo", list_length=3, steps=60, infonce_weight=0,
+                   learning_rate=0.02)  # fmt: skip
+    trainer.train()
+    means = curve(trainer, "reward/spread/mean")
+    assert np.mean(means[-10:]) > np.mean(means[:10]) + 0.1
+
+
+def test_rewards_of_lists_need_a_list_policy_and_relevance(make, small_shop):
+    with pytest.raises(ValueError, match="policy='mixed' rewards items, and spread rewards lists: use policy=pl_rloo"):
+        make([relevance(small_shop), Spread()])
+    with pytest.raises(ValueError, match="spread needs the relevance of a list's items: add a RelevanceReward"):
+        make([constant(1.0), Spread()], policy="pl_rloo")
+
+
+# --- towers -----------------------------------------------------------------------------------------------------------
+
+
+def test_with_the_query_tower_alone_items_stay_and_cost_nothing(make, small_shop, counted):
+    trainer = make(steps=12, overfetch=2, candidates="mixed", learning_rate=0.05)
+    prepare(trainer.encoder, BackboneConfig(tower="query_only"))
+    before = trainer.encoder.encode_document(small_shop.items), trainer.encoder.encode_query(trainer.query_texts)
+    counted.clear()
+    assert trainer.train() == len(small_shop.items)
+    assert sum(map(len, counted)) == len(small_shop.items)  # once, for the index
+    assert curve(trainer, "refreshes") == [0] * 12
+    np.testing.assert_array_equal(trainer.encoder.encode_document(small_shop.items), before[0])
+    assert np.abs(trainer.encoder.encode_query(trainer.query_texts) - before[1]).max() > 0.01
+
+
+def test_two_towers_train_both(make, small_shop):
+    trainer = make(steps=4, learning_rate=0.05)
+    prepare(trainer.encoder, BackboneConfig(tower="two_tower"))
+    before = trainer.encoder.encode_document(["red shoes"]), trainer.encoder.encode_query(["red shoes"])
+    np.testing.assert_array_equal(*before)
+    trainer.train()
+    after = trainer.encoder.encode_document(small_shop.items), trainer.encoder.encode_query(trainer.query_texts)
+    start = make(steps=1).encoder
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(after, (start.encode_document(small_shop.items),
+                                                                  start.encode_query(trainer.query_texts))))  # fmt: skip
+    texts = [item.title for item in small_shop.items][:20]
+    assert np.abs(trainer.encoder.encode_document(texts) - trainer.encoder.encode_query(texts)).max() > 1e-3
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class Watcher(TrainerCallback):
+    def __init__(self, stop_after=math.inf):
+        self.events, self.stop_after = [], stop_after
+
+    def __getattribute__(self, name):
+        if name.startswith("on_"):
+            self.events.append(name)
+        return super().__getattribute__(name)
+
+    def on_step_end(self, args, state, control, *, model, optimizer, **_):
+        assert args.max_steps == state.max_steps == 12
+        assert isinstance(model, torch.nn.Module)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        control.should_training_stop = state.global_step >= self.stop_after
+
+    def on_log(self, args, state, control, *, logs, **_):
+        assert state.log_history[-1]["loss"] == logs["loss"]
+
+
+def test_callbacks_of_the_hugging_face_trainer(make, tmp_path):
+    def run(watcher):
+        trainer = make(run="watched")
+        options = {"run_dir": tmp_path / "watched", "trackers": ["jsonl"], "callbacks": [watcher]}
+        weights = trainer.objective.weights_R.tolist()
+        other = RetrievalGRPOTrainer(trainer.encoder, trainer.catalog, trainer.reward_functions, weights, trainer.config,
+                                     **options)  # fmt: skip
+        other.train()
+        return other
+
+    stopped = Watcher(stop_after=3)
+    run(stopped)
+    assert stopped.events == [
+        "on_train_begin",
+        *["on_step_begin", "on_step_end", "on_log"] * 3,
+        "on_save",
+        "on_train_end",
+    ]
+    resumed = Watcher()
+    assert len(log_of(run(resumed))) == 12  # it goes on where it was stopped
+    assert resumed.events.count("on_step_end") == 9
+
+
+def test_what_is_no_callback(make, small_shop):
+    with pytest.raises(TypeError, match="give instances of transformers.TrainerCallback"):
+        Callbacks([print], RetrievalGRPOConfig(), None)

@@ -1,0 +1,193 @@
+"""What of an encoder is trained, and how: towers, LoRA, bfloat16, gradient checkpointing, compilation.
+
+Left out: weights in less than float32 (Adam's small steps round to nothing there), a base model that two LoRA towers
+share (each has its own), and heads trained beside LoRA.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router, Transformer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from taoemb.pretrained import has_adapter, remove_adapters
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from taoemb.encoder import Encoder
+
+Tower = Literal["shared", "query_only", "two_tower"]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which weights are trained, and at what cost in memory. All but ``tower`` is for transformers, not for static
+    embeddings. Names follow transformers and peft."""
+
+    tower: Tower = "shared"
+    """``shared``: one model embeds queries and items. ``query_only``: items keep the start model's embeddings, so that their index
+    never changes, and a copy for queries is trained. ``two_tower``: both are trained, each with weights of its own."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters, 8 to 64 say, the only weights that are then trained; 0 trains all weights."""
+    lora_alpha: int = 32
+    """What an adapter adds is scaled by ``lora_alpha / lora_rank``."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters; stage 2 trains without dropout."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of the linear layers that get an adapter, such as q_proj and v_proj; ``all-linear``: all of them."""
+    merge_lora: bool = True
+    """A saved model has plain weights, the adapters merged into them. False keeps adapters, beside the start model: loading needs
+    peft, and moving the folder needs its path corrected; two towers cannot be saved so."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast), faster where the hardware can. Weights, optimiser and vectors stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside a transformer's layers and compute them again in the backward pass: a third more time for a
+    small part of the memory."""
+    torch_compile: bool = False
+    """Compile the transformer's layers at their first use, which takes a minute and, on a CPU, a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        if self.tower not in get_args(Tower):
+            raise ValueError(f"tower={self.tower!r}: give {', '.join(get_args(Tower))}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank}: give a rank such as 16, or 0 to train all weights")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha}: give a number greater than 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: give a share from 0 to below 1")
+        if self.lora_rank and not self.merge_lora and self.tower != "shared":
+            raise ValueError(f"merge_lora=false, tower={self.tower!r}: transformers cannot load the adapters of a Router; give "
+                             "merge_lora=true, or tower='shared'")  # fmt: skip
+        if not self.lora_targets or ("all-linear" in self.lora_targets and len(self.lora_targets) > 1):
+            raise ValueError(f"lora_targets={list(self.lora_targets)}: give names of layers, or 'all-linear' alone")
+
+
+def prepare(encoder: Encoder, config: BackboneConfig) -> None:
+    """Make an encoder ready for training, in place: build its towers, add adapters, freeze what is not trained.
+
+    It may already be so, from an earlier call or because it was saved so: towers and adapters are kept and trained on.
+    Without LoRA, adapters that the model carries are merged into its weights first. New adapters change no embedding,
+    and their random part is the same at every start, so that a resumed run finds the model it began with.
+
+    Raises ValueError when the model does not fit the config (a static model, a backend that does not train, two towers
+    for ``tower="shared"``, other adapters), ImportError that names the extra when peft is missing.
+    """
+    if encoder.backend != "torch":
+        raise ValueError(f"backend {encoder.backend!r} only encodes; load the model with backend='torch' to train it")
+    _check_transformer(encoder.model, config)
+    lora = _lora_config(config) if config.lora_rank else None
+    _build_towers(encoder.model, config.tower)
+    trained: Any = encoder.model
+    if config.tower == "query_only":
+        trained = encoder.model[0].sub_modules["query"]  # type: ignore[index]
+    if lora is None:
+        remove_adapters(encoder.model, merge=True)
+    else:
+        _add_adapters(trained, lora, encoder.device)
+    encoder.model.requires_grad_(False)
+    for name, parameter in trained.named_parameters():
+        parameter.requires_grad_(not config.lora_rank or "lora_" in name)
+    if config.tower == "query_only":
+        encoder.model[0].sub_modules["document"].requires_grad_(False)  # type: ignore[index]
+    if not encoder.trainable_parameters():
+        raise ValueError(f"tower={config.tower!r}: the model's queries have no weights that its items do not use too; "
+                         "give a model with one tower, or tower='two_tower'")  # fmt: skip
+    for layer in _layers(trained):
+        _recompute(layer, config.gradient_checkpointing)
+        if config.torch_compile:
+            for part in layer.children() if config.gradient_checkpointing else [layer]:  # checkpoints stay outside
+                part.compile(dynamic=True)
+    encoder.bf16, encoder.merge_lora = config.bf16, config.merge_lora
+
+
+def _check_transformer(model: SentenceTransformer, config: BackboneConfig) -> None:
+    wanted = [
+        name for name in ("lora_rank", "bf16", "gradient_checkpointing", "torch_compile") if getattr(config, name)
+    ]
+    if wanted and not any(isinstance(module, Transformer) for module in model.modules()):
+        first = type(model[0]).__name__
+        raise ValueError(f"{', '.join(wanted)}: for transformers, and this model starts with {first}; leave it off")
+    layered = [name for name in wanted if name in ("gradient_checkpointing", "torch_compile")]
+    if layered and not any(True for _ in _layers(model)):
+        raise ValueError(f"{', '.join(layered)}: transformers does not mark the layers of this model; leave it off")
+
+
+def _layers(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    return (layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer))
+
+
+# Towers --------------------------------------------------------------------------------------------------------------
+
+
+def _build_towers(model: SentenceTransformer, tower: Tower) -> None:
+    """Put all modules but the normalisation twice into a Router, unless there is one."""
+    if isinstance(model[0], Router):
+        if tower == "shared":
+            raise ValueError("tower='shared': the model has two towers; give 'query_only' or 'two_tower'")
+        return
+    if tower == "shared":
+        return
+    arguments = {name: given for name, given in (model.module_kwargs or {}).items() if given}
+    if arguments:
+        raise ValueError(f"tower={tower!r}: the model's modules take arguments of their own ({arguments}), "
+                         "which no Router passes on; give tower='shared'")  # fmt: skip
+    modules: list[Any] = list(model)[:-1]
+    router = Router.for_query_document(query_modules=copy.deepcopy(modules), document_modules=modules)
+    del model[: len(modules)]
+    model.insert(0, router)
+
+
+# LoRA ----------------------------------------------------------------------------------------------------------------
+
+
+def _lora_config(config: BackboneConfig) -> LoraConfig:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError('lora_rank needs peft; install with: pip install "taoemb[lora]"') from error
+    targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
+    return LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
+    )
+
+
+def _add_adapters(trained: nn.Module, lora: LoraConfig, device: torch.device) -> None:
+    """Add an adapter to each transformer that has none."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for module in trained.modules():
+            if not isinstance(module, Transformer):
+                continue
+            if has_adapter(module):
+                found = sorted((c.r, c.lora_alpha) for c in module.auto_model.peft_config.values())
+                if found != [(lora.r, lora.lora_alpha)]:
+                    raise ValueError(f"lora_rank={lora.r}, lora_alpha={lora.lora_alpha}: the model carries adapters of (rank, "
+                                     f"alpha) {found}; give the same, or a model saved with merge_lora=true")  # fmt: skip
+                continue
+            try:
+                module.auto_model.add_adapter(copy.deepcopy(lora))  # which notes in it what it belongs to
+            except ValueError as error:
+                raise ValueError(f"lora_targets={lora.target_modules}: {error}") from error
+
+
+# Gradient checkpointing ----------------------------------------------------------------------------------------------
+
+
+def _recompute(layer: GradientCheckpointingLayer, on: bool) -> None:
+    """Checkpoint a layer in every mode: transformers would do so only in training mode, and stage 2 trains in evaluation
+    mode, without dropout."""
+    now = layer.__dict__.get("forward")
+    if isinstance(now, functools.partial) and now.func is checkpoint:
+        del layer.forward
+    if on:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
