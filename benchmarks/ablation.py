@@ -26,7 +26,7 @@ from taoemb.encoder import Encoder
 from taoemb.evaluation import paired_bootstrap
 from taoemb.files import read_json, write_json
 from taoemb.index.exact import ExactIndex
-from taoemb.job import TrainConfig, TrainJob, _model_path
+from taoemb.job import TrainConfig, TrainJob, model_path
 from taoemb.judge import OracleJudge
 from taoemb.rewards import RelevanceReward
 from taoemb.store import encode_corpus
@@ -77,7 +77,7 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
         encoder = (
             job.encoder("untrained")
             if untrained
-            else Encoder(_model_path(settings["model"]), template=job.config.template)
+            else Encoder(model_path(settings["model"]), template=job.config.template)
         )
     elif settings is not None:
         overrides = [f"{key if key.startswith('backbone.') else f'stage2.{key}'}={value}" for key, value in settings.items()
@@ -89,7 +89,11 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
         functions, weights = job._rewards(config)
         for function in functions:
             if isinstance(function, RelevanceReward) and "noise" in settings:
-                oracle = function.judge  # of the generated shop; another kind of judge has noise of its own
+                oracle = function.judge
+                if not isinstance(oracle, OracleJudge):
+                    raise ValueError(
+                        f"{name}: noise is for an oracle, and the judge of {run} is {oracle.name}, with its own"
+                    )
                 function.judge = OracleJudge(oracle.qrels, oracle.unjudged, flip_noise=settings["noise"])
             if isinstance(function, RelevanceReward) and settings.get("binary"):
                 function.judge = Binary(function.judge, config.rewards.gate_threshold)

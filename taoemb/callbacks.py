@@ -19,13 +19,15 @@ class Callbacks:
     ``args`` holds the settings of stage 2 with ``output_dir``, ``max_steps``, ``per_device_train_batch_size`` and
     ``logging_steps`` besides, ``state`` the step, the length of the run and the logs so far, ``model`` the
     sentence-transformers model. Of what a callback may ask for, ``should_training_stop`` ends the run after this step and
-    ``should_save`` writes a checkpoint.
+    ``should_save`` writes a checkpoint. Callbacks that read more of `TrainingArguments`, as the integrations of tensorboard and
+    others do, are not supported: trackers do that. Of several processes every one calls them, with ``is_world_process_zero`` in
+    ``state``; figures of rewards and index are in the logs of the first alone.
 
     Raises TypeError for what is no `transformers.TrainerCallback`.
     """
 
     def __init__(
-        self, callbacks: Sequence[TrainerCallback], config: RetrievalGRPOConfig, run_dir: Path, **shown: Any
+        self, callbacks: Sequence[TrainerCallback], config: RetrievalGRPOConfig, run_dir: Path, rank: int, **shown: Any
     ) -> None:
         for callback in callbacks:
             if not isinstance(callback, TrainerCallback):
@@ -35,7 +37,8 @@ class Callbacks:
             "output_dir": str(run_dir), "max_steps": config.steps, "per_device_train_batch_size": config.batch_size,
             "logging_steps": 1,
         })  # fmt: skip
-        self.state = TrainerState(max_steps=config.steps)
+        first = rank == 0
+        self.state = TrainerState(max_steps=config.steps, is_world_process_zero=first, is_local_process_zero=first)
         self.control = TrainerControl()
 
     @property

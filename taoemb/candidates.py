@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from taoemb.catalog import QuerySet
+from taoemb.catalog import Query, QuerySet
 from taoemb.contrastive import Positions, Positives
 from taoemb.encoder import Encoder
 from taoemb.index.refresh import AnyIndex
 from taoemb.trainer_config import RetrievalGRPOConfig
 from taoemb.types import FloatArray
 
-_FIRST, _SURELY = 10.0, 20.0  # above any cosine over any temperature's noise: places that are taken before the index's
+_FIRST, _SURELY = 1e6, 2e6  # above any score: places that are taken before the index's
 _KEPT = 4
 """Batches of groups that the refill keeps; our choice."""
 
@@ -63,36 +64,31 @@ class CandidateSampler:
         if config.candidates != "index" and positives is None:
             raise ValueError(f"candidates={config.candidates!r} takes the positives of the batch, and no training query has "
                              "one; give clicks or grades, or use candidates=index")  # fmt: skip
-        self._chance: np.ndarray | None = None
-        if config.tail_power:
-            frequency = np.array([query.frequency for query in queries])[train_queries]
-            if not (frequency > 0).all() or (frequency == frequency[0]).all():
-                raise ValueError(f"tail_power={config.tail_power} needs the frequencies of the training queries; all are the "
-                                 "same, or some are 0")  # fmt: skip
-            rarity = frequency**-config.tail_power
-            self._chance = rarity / rarity.sum()
+        self._chances = draw_chances([queries[i] for i in train_queries.tolist()], config.tail_power)
 
     @torch.no_grad()
     def draw(self, index: AnyIndex, batch_size: int, rng: np.random.Generator) -> Group:
         """``B`` queries and their groups, by the encoder and the index of this moment."""
         config = self.config
         count = min(batch_size, len(self.train_queries))
-        queries = rng.choice(self.train_queries, count, replace=False, p=self._chance)
+        queries = rng.choice(self.train_queries, count, replace=False, p=self._chances)
         query_BD = self.encoder.forward([self.query_texts[q] for q in queries], "query")
         K = min(config.num_candidates, self.size)
         positives = self._sample_positives(queries, rng)
         batch = self._from_batch(query_BD, positives, K)
         proposed, scores = self._from_index(index, query_BD, K, rng)
         drawn = rng.integers(self.size, size=(len(queries), config.random_candidates))
-        pool_BM = np.concatenate([proposed, drawn, batch, positives[:, None]], axis=1)
+        pool_BM = np.concatenate([batch, proposed, drawn, positives[:, None]], axis=1)
+        asked_M = np.ones(pool_BM.shape[1], dtype=bool)  # columns that get their places, whatever their scores
+        asked_M[batch.shape[1] : batch.shape[1] + proposed.shape[1]] = asked_M[-1] = False
         if config.overfetch > 1:
             distinct, where = np.unique(pool_BM, return_inverse=True)  # -1, nothing found, comes first
             item_UD = self._encode_items(distinct)
             places = torch.from_numpy(where.reshape(pool_BM.shape)).to(item_UD.device)
             scores_BM = torch.einsum("bd,bmd->bm", query_BD, item_UD[places]).cpu()
         else:
-            unscored = np.full((len(queries), pool_BM.shape[1] - proposed.shape[1]), -2.0, dtype=np.float32)
-            scores_BM = torch.from_numpy(np.concatenate([scores, unscored], axis=1))
+            scores_BM = torch.full(pool_BM.shape, -2.0)
+            scores_BM[:, batch.shape[1] : batch.shape[1] + proposed.shape[1]] = torch.from_numpy(scores)
         if config.exploration:
             uniform = rng.random(scores_BM.shape).clip(1e-12, 1 - 1e-7)
             scores_BM = (
@@ -101,8 +97,10 @@ class CandidateSampler:
         unusable_BM = _absent_or_repeated(pool_BM)
         scores_BM[torch.from_numpy(unusable_BM)] = -torch.inf
         K = min(K, int((~unusable_BM[:, :-1]).sum(1).min()))  # what was drawn at random may repeat
-        asked = slice(proposed.shape[1], pool_BM.shape[1] - 1)
-        return Group(queries, np.take_along_axis(pool_BM, self._choose(scores_BM, pool_BM, queries, asked, K), 1))
+        if K < 2:
+            raise ValueError(f"candidates={config.candidates!r}: {len(queries)} queries give a group of {K}, with nothing to compare; "
+                             "raise batch_size, or use candidates=index")  # fmt: skip
+        return Group(queries, np.take_along_axis(pool_BM, self._choose(scores_BM, pool_BM, queries, asked_M, K), 1))
 
     def _from_index(
         self, index: AnyIndex, query_BD: Tensor, K: int, rng: np.random.Generator
@@ -127,9 +125,12 @@ class CandidateSampler:
         scores = query_BD @ self._encode_items(distinct).T
         return np.asarray(distinct[scores.topk(min(places, len(distinct))).indices.cpu().numpy()])
 
-    def _choose(self, scores_BM: Tensor, pool_BM: Positions, queries: Positions, asked: slice, K: int) -> Positions:
+    def _choose(
+        self, scores_BM: Tensor, pool_BM: Positions, queries: Positions, asked_M: np.ndarray, K: int
+    ) -> Positions:
         """Columns of the pool that make the group: those asked for, the Top of the index's, and a positive if asked."""
         priority = scores_BM.clone()
+        asked = torch.from_numpy(asked_M)
         priority[:, asked] = torch.where(priority[:, asked].isinf(), -torch.inf, _FIRST)
         if self.positives is not None and self.config.force_positives:
             top = priority.topk(K).indices.numpy()
@@ -192,6 +193,22 @@ class GroupBuffer:
         if "kept_queries" in arrays:
             rows = zip(*(arrays[f"kept_{name}"] for name in ("queries", "items", "rewards")), strict=True)
             self.rows = deque((int(query), items[items >= 0], rewards[items >= 0]) for query, items, rewards in rows)
+
+
+def draw_chances(queries: Sequence[Query], power: float) -> npt.NDArray[np.float64] | None:
+    """The chance of each query to be drawn, ``frequency ** -power`` scaled to sum to 1; None with power 0, all alike.
+
+    Raises ValueError where the frequencies are all the same or some are 0.
+    """
+    if not power:
+        return None
+    frequencies = np.array([query.frequency for query in queries], dtype=np.float64)
+    if not (frequencies > 0).all() or np.ptp(frequencies) == 0:
+        raise ValueError(
+            f"tail_power={power} needs the frequencies of the training queries; all are the same, or some are 0"
+        )
+    chances = np.exp(-power * np.log(frequencies / frequencies.min()))
+    return np.asarray(chances / chances.sum())
 
 
 def _absent_or_repeated(pool_BM: Positions) -> np.ndarray:

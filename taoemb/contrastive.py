@@ -155,7 +155,7 @@ def train_contrastive(
     """
     config = config or ContrastiveConfig()
     check_matryoshka(config.matryoshka_dims, encoder)
-    folder, world = Path(run_dir) / "checkpoints" / name, World()
+    folder, world = Path(run_dir) / "checkpoints" / name, World.join()
     texts = encoder.item_texts(catalog.items)
     positives = Positives(catalog, texts)
     optimizer = make_optimizer(encoder, config.learning_rate)
@@ -167,7 +167,6 @@ def train_contrastive(
         "items": ids_hash(catalog.items.ids),
         "queries": ids_hash(catalog.queries.ids),
     }
-    torch.manual_seed(config.seed)
     with world.owner_first():
         found = load_checkpoint(folder, encoder=encoder, optimizer=optimizer, identity=identity)
     start, encodings = (found.step, found.extra["item_encodings"]) if found else (0, 0)
@@ -184,6 +183,8 @@ def train_contrastive(
     ) as tracker:
         for step in range(start, config.steps):
             rng = np.random.default_rng([config.seed, step])
+            seeds = np.random.SeedSequence([config.seed, step, world.rank])  # dropout: of the step alone, for a resume
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
             count = min(config.batch_size * world.size, len(positives.queries))
             queries = rng.choice(positives.queries, count, replace=False)
             items = positives.sample(queries, rng)
@@ -238,10 +239,9 @@ def set_learning_rate(
 
 def check_matryoshka(dims: Sequence[int], encoder: Encoder) -> None:
     """Raise ValueError where one of these dimensions is no shorter one of the encoder's."""
-    if any(not 1 <= d < encoder.dimension for d in dims):
-        raise ValueError(
-            f"matryoshka_dims={tuple(dims)}: the embeddings have {encoder.dimension} dimensions; give fewer"
-        )
+    if any(not 1 <= d < encoder.dimension or d != int(d) for d in dims):
+        raise ValueError(f"matryoshka_dims={list(dims)}: give whole numbers from 1 to below the {encoder.dimension} dimensions of the "
+                         "embeddings")  # fmt: skip
 
 
 def draw_prefix(dims: Sequence[int], rng: np.random.Generator) -> list[int]:

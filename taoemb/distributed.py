@@ -50,7 +50,7 @@ class World:
                 )
             if gpus:
                 torch.cuda.set_device(local)
-            dist.init_process_group("nccl" if gpus else "gloo", timeout=_PATIENCE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
         return cls()
 
     @property

@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from taoemb import __version__
 from taoemb.backbone import BackboneConfig, prepare
+from taoemb.candidates import draw_chances
 from taoemb.catalog import Catalog, ItemTemplate, QuerySet
 from taoemb.comparison import Comparison, compare
 from taoemb.config import diff, load_config, save_config
-from taoemb.contrastive import ContrastiveConfig, Positives, check_positive, train_contrastive
+from taoemb.contrastive import ContrastiveConfig, Positives, check_matryoshka, check_positive, train_contrastive
 from taoemb.distributed import World
 from taoemb.encoder import Encoder, distill_static
 from taoemb.files import checksum, read_json, write_json
@@ -51,7 +52,7 @@ from taoemb.rewards import (
 from taoemb.store import encode_corpus
 from taoemb.tables import write_table
 from taoemb.tracking import Backend
-from taoemb.trainer import RetrievalGRPOTrainer
+from taoemb.trainer import RetrievalGRPOTrainer, check_probe
 from taoemb.trainer_config import Policy, RetrievalGRPOConfig
 from taoemb.types import RelevanceJudge, RewardFunction
 
@@ -104,8 +105,8 @@ class TrainConfig:
     generated_queries: int = 4000
     """Training queries to write when the catalog has none of split ``train``; fewer where its items do not give as many."""
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
-    """Rows of the comparison, 'stage1' and 'retrieval_grpo' always among them. The name of a policy (``stage2.policy``) adds a row that differs from ``retrieval_grpo`` in
-    that alone; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
+    """Rows of the comparison, 'stage1' and 'retrieval_grpo' always among them. The name of a policy (``stage2.policy``) adds a row of that policy
+    by itself, without distillation beside it; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
     channels: tuple[str, ...] = ("bm25",)
     """Recall channels that exclusivity and overlap are measured against, an item counting as known where any of them finds
     it: ``bm25``, and TREC run files with every query that is trained or compared on."""
@@ -124,7 +125,7 @@ class TrainConfig:
         check_positive(self, "generated_queries")
         if "retrieval_grpo" not in self.systems or "stage1" not in self.systems:
             raise ValueError("systems must hold 'stage1' and 'retrieval_grpo': every run trains these two")
-        if self.stage2.policy in self.systems:
+        if self.stage2.policy in self.systems and not self.stage2.distill_weight:
             raise ValueError(f"systems holds {self.stage2.policy!r}, which is the policy of 'retrieval_grpo' already")
         if not self.channels or len(set(self.channels)) < len(self.channels):
             raise ValueError(f"channels={list(self.channels)}: give 'bm25', TREC run files or both, each once")
@@ -132,6 +133,13 @@ class TrainConfig:
         if rewards.exclusivity and rewards.exclusivity_mode == "lexical" and self.channels != ("bm25",):
             raise ValueError(f"channels={list(self.channels)}: stage2.rewards.exclusivity_mode=lexical compares words with "
                              "BM25 alone; use membership")  # fmt: skip
+        for policy in get_args(Policy):
+            if policy not in self.systems:
+                continue
+            try:  # not after the rows before it are trained
+                dataclasses.replace(self.stage2, policy=policy)
+            except ValueError as error:
+                raise ValueError(f"systems holds {policy!r}: {error}") from None
         if "jsonl" not in self.trackers:
             raise ValueError("trackers must hold 'jsonl': the report is drawn from it")
 
@@ -163,6 +171,7 @@ class TrainJob:
             f"{len(self.test_queries)} test queries; relevance judge: {judge}")  # fmt: skip
         wanted = self.config.systems
         self._model("untrained", self._start_model)
+        self._check_settings()
         self._model("stage1", self._stage1)
         self._model("retrieval_grpo", partial(self._stage2, "retrieval_grpo", self.config.stage2.policy))
         for policy in get_args(Policy):
@@ -244,6 +253,15 @@ class TrainJob:
         """The trained encoder of a system of this run."""
         return Encoder(self._folder(system))
 
+    def _check_settings(self) -> None:
+        """What the settings need of the model and the catalog, before hours are spent."""
+        encoder, stage2 = self.encoder("untrained"), self.config.stage2
+        prepare(encoder, self.config.backbone)
+        for dims in (self.config.stage1.matryoshka_dims, stage2.matryoshka_dims):
+            check_matryoshka(dims, encoder)
+        draw_chances(self.catalog.queries.select("train"), stage2.tail_power)
+        check_probe(stage2, self.catalog)
+
     def _prepared(self, system: str) -> Encoder:
         """The encoder of a system, ready for training on."""
         encoder = self.encoder(system)
@@ -261,6 +279,7 @@ class TrainJob:
             return
         start = time.perf_counter()
         encoder, encodings = make()
+        encodings = self.world.from_owner(encodings)  # it alone counts what the index costs
         spent = time.perf_counter() - start
         with self.world.owner_first():
             self.phases.add(system, seconds=spent, item_encodings=encodings)
@@ -272,9 +291,9 @@ class TrainJob:
         name = self.config.model
         if name.startswith("static:"):
             say(f"distilling static embeddings from {name.removeprefix('static:')}")
-            model: str | SentenceTransformer = distill_static(_model_path(name.removeprefix("static:")))
+            model: str | SentenceTransformer = distill_static(model_path(name.removeprefix("static:")))
         else:
-            model = _model_path(name)
+            model = model_path(name)
         return Encoder(model, template=self.config.template), 0
 
     def _stage1(self) -> tuple[Encoder, int]:
@@ -297,7 +316,9 @@ class TrainJob:
         return encoder, encodings
 
     def _stage2(self, name: str, policy: Policy) -> tuple[Encoder, int]:
-        config = dataclasses.replace(self.config.stage2, policy=policy)
+        config = self.config.stage2
+        if name != "retrieval_grpo":
+            config = dataclasses.replace(config, policy=policy, distill_weight=0.0)
         encoder = self._prepared("stage1")
         functions, weights = self._rewards(config)
         trainer = RetrievalGRPOTrainer(encoder, self.catalog, functions, weights, config, run_dir=self.run_dir,
@@ -308,6 +329,10 @@ class TrainJob:
         chosen = config.rewards
         functions: list[tuple[RewardFunction, float]] = []
         if chosen.relevance or chosen.gate or config.policy == "pl_rloo":
+            if chosen.click_floor and self.catalog.clicks is None:
+                raise ValueError(
+                    f"stage2.rewards.click_floor={chosen.click_floor}: the catalog has no clicks; give some or 0"
+                )
             clicked = Positives(self.catalog, self.catalog.items.ids) if chosen.click_floor else None
             relevance = RelevanceReward(self.judge, flips=chosen.flips, uncertain=chosen.uncertain, clicked=clicked,
                                         click_floor=chosen.click_floor)  # fmt: skip
@@ -415,7 +440,7 @@ class TrainJob:
             return OracleJudge(self.catalog.qrels, self.catalog.unjudged)
         if kind == "soft_logic":
             return SoftLogicJudge(items)
-        frozen = Encoder(_model_path(self.config.judge.encoder), template=JUDGE_TEMPLATE)
+        frozen = Encoder(model_path(self.config.judge.encoder), template=JUDGE_TEMPLATE)
         say(f"encoding {len(items):,} items with the judge's frozen encoder")
         store = encode_corpus(frozen, items, self.run_dir / "judge" / "items.emb", shard_rows=1024, progress=True)
         cosine = BiEncoderJudge(frozen, items, store.vectors)
@@ -482,7 +507,7 @@ class _Phases:
             write_json(self._file, self.values)
 
 
-def _model_path(name: str) -> str:
+def model_path(name: str) -> str:
     """``minilm`` as the folder of the packaged weights; any other name unchanged."""
     if name != "minilm":
         return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,29 +44,36 @@ class Objective:
 
     def __call__(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """To be maximised, mean over the batch; and what it says of the rewards. Groups whose rewards are all equal count 0."""
-        config, weights_R = self.config, self.weights_R.to(batch.logp_BK.device)
+        weights_R = self.weights_R.to(batch.logp_BK.device)
+        metrics = {"zero_variance_share": float(zero_variance(batch.rewards_BKR, weights_R).float().mean())}
+        if self.config.multi_objective_aggregation != "separate_losses":
+            value, more = self._value(batch, weights_R, slice(None), rng)
+            return value, metrics | more
+        values = []
+        for r, weight in enumerate(weights_R):
+            alone = replace(batch, rewards_BKR=batch.rewards_BKR[..., r : r + 1])
+            value, more = self._value(alone, torch.ones_like(weights_R[:1]), slice(r, r + 1), rng)
+            values.append(weight * value)
+        return torch.stack(values).sum(), metrics | more
+
+    def _value(
+        self, batch: Batch, weights_R: Tensor, columns: slice, rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The objective of the rewards of a batch, which are these columns of all rewards."""
+        config = self.config
+        metrics: dict[str, float] = {}
         equal_B = zero_variance(batch.rewards_BKR, weights_R)
         total_BK = total_reward(batch.rewards_BKR, weights_R)
-        metrics = {"zero_variance_share": float(equal_B.float().mean())}
         if config.policy in POLICY_ETA:
-            value, more = self._surrogate(batch, weights_R)
-            metrics |= more
+            value, metrics = self._surrogate(batch, weights_R, columns)
         elif config.policy == "pl_rloo":
             value = self._lists(batch, total_BK, rng).mean()
         else:
-            value = -torch.where(equal_B, 0.0, self._costs(batch, weights_R, total_BK, rng)).mean()
+            value = -torch.where(equal_B, 0.0, self._cost(batch, total_BK, self.names[columns], rng)).mean()
         if config.distill_weight:
             distance_B = losses.distillation(batch.logp_BK, total_BK, config.distill_temperature)
             value = value - config.distill_weight * torch.where(equal_B, 0.0, distance_B).mean()
         return value, metrics
-
-    def _costs(self, batch: Batch, weights_R: Tensor, total_BK: Tensor, rng: np.random.Generator) -> Tensor:
-        """The cost of each group, ``[B]``: of the summed reward, or of each objective by itself."""
-        if self.config.multi_objective_aggregation != "separate_losses":
-            return self._cost(batch, batch.rewards_BKR, total_BK, self.names, rng)
-        parts = [(batch.rewards_BKR[..., r : r + 1], name) for r, name in enumerate(self.names)]
-        costs = [self._cost(batch, rewards, rewards[..., 0], [name], rng) for rewards, name in parts]
-        return (torch.stack(costs, -1) * weights_R).sum(-1)
 
     def follow_constraints(self, logp_BK: Tensor, rewards_BKR: Tensor) -> None:
         """Dual ascent on the weights of all rewards but the first (Lagrange multipliers, never negative): the level of an
@@ -83,17 +90,17 @@ class Objective:
         gaps_R[0] = 0.0
         self.weights_R = (self.weights_R + self.config.constraint_rate * gaps_R).clamp_min(0.0)
 
-    def _surrogate(self, batch: Batch, weights_R: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _surrogate(self, batch: Batch, weights_R: Tensor, columns: slice) -> tuple[Tensor, dict[str, float]]:
         """The clipped surrogate of the advantages (R-GRPO, eq. 7, and its relatives)."""
         config, logp_BK, logp_old_BK = self.config, batch.logp_BK, batch.logp_old_BK
         weights_BK = candidate_weights(logp_old_BK, POLICY_ETA[config.policy])
-        self._follow_std(batch.rewards_BKR, weights_BK)
+        self._follow_std(batch.rewards_BKR, weights_BK, columns)
         aggregation = config.multi_objective_aggregation
-        if aggregation == "separate_losses":  # the surrogate is linear in the advantages
+        if aggregation == "separate_losses":  # there is one objective
             aggregation = "normalize_then_sum"
         advantages_BK = group_advantages(
             batch.rewards_BKR, weights_R, weights_BK, aggregation=aggregation, scale=config.scale_rewards,
-            std_floors_R=config.std_floor * self.running_std_R.to(logp_BK.device),
+            std_floors_R=config.std_floor * self.running_std_R[columns].to(logp_BK.device),
         )  # fmt: skip
         down = 0.0 if config.policy == "positive_only" else config.neg_adv_weight
         advantages_BK = torch.where(advantages_BK < 0, down * advantages_BK, advantages_BK)
@@ -106,9 +113,7 @@ class Objective:
                                                config.epsilon, config.epsilon_high)  # fmt: skip
         return surrogate_B.mean(), metrics
 
-    def _cost(
-        self, batch: Batch, rewards_BKR: Tensor, total_BK: Tensor, names: Sequence[str], rng: np.random.Generator
-    ) -> Tensor:
+    def _cost(self, batch: Batch, total_BK: Tensor, names: Sequence[str], rng: np.random.Generator) -> Tensor:
         """The cost of each group, ``[B]``, where it is no sum of advantages."""
         config, logp_BK = self.config, batch.logp_BK
         if config.policy == "kl_distill":
@@ -123,7 +128,7 @@ class Objective:
             return losses.dpo_pairs(logp_BK, batch.logp_reference_BK, total_BK, config.dpo_beta)
         if config.policy == "infonce_hard":
             judged = "relevance" in names
-            values = rewards_BKR[..., names.index("relevance")] if judged else total_BK
+            values = batch.rewards_BKR[..., names.index("relevance")] if judged else total_BK
             level: Any = config.rewards.gate_threshold if judged else values.nanmean(-1, keepdim=True)
             return losses.hard_negative_nce(logp_BK, values >= level, values < level)
         lists, discounts = self._draw_lists(logp_BK, rng)
@@ -145,13 +150,14 @@ class Objective:
         discounts = 1 / torch.log2(torch.arange(length, device=logp_BK.device) + 2.0)
         return gumbel_top_k(logp_BK, self.config.list_samples, length, generator), discounts
 
-    def _follow_std(self, rewards_BKR: Tensor, weights_BK: Tensor) -> None:
+    def _follow_std(self, rewards_BKR: Tensor, weights_BK: Tensor, columns: slice) -> None:
         """Update each objective's running deviation from the groups in which at least two candidates have a reward."""
-        for r, known in enumerate(self.running_std_R.tolist()):
+        running_std_R = self.running_std_R[columns]  # a view
+        for r, known in enumerate(running_std_R.tolist()):
             values_BK = rewards_BKR[..., r]
             std = group_moments(values_BK, weights_BK)[1][(~values_BK.isnan()).sum(-1) > 1]
             if std.numel():
-                self.running_std_R[r] = 0.95 * known + 0.05 * std.mean() if known > 0 else std.mean()
+                running_std_R[r] = 0.95 * known + 0.05 * std.mean() if known > 0 else std.mean()
 
 
 def _known(total_BK: Tensor) -> Tensor:

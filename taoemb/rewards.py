@@ -68,8 +68,10 @@ class RewardConfig:
         for name in ("relevance", "quality", "exclusivity", "diversity"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: give a weight of 0 or more")
-        if self.relevance == self.quality == self.exclusivity == 0:
-            raise ValueError("every reward weight is 0; give at least one of relevance, quality, exclusivity a weight")
+        if self.relevance == self.quality == self.exclusivity == self.diversity == 0:
+            raise ValueError(
+                "every reward weight is 0; give at least one of relevance, quality, exclusivity, diversity a weight"
+            )
         if not 0 <= self.click_floor <= 1:
             raise ValueError(f"click_floor={self.click_floor}: give a relevance from 0 to 1")
         if not 0 <= self.gate_threshold <= 1:
@@ -200,7 +202,9 @@ class ExclusivityReward:
         if self.mode == "soft_rank":
             depth = int(np.ceil(self.top_n + 5 * self.softness))
             ranks = [channel.ranks(texts, ids, depth)[:, 0] for channel in self.channels]
-            kept = [np.where(rank > 0, 1 / (1 + np.exp((self.top_n - rank) / self.softness)), 1.0) for rank in ranks]
+            kept = [
+                np.where(rank > 0, (1 + np.tanh((rank - self.top_n) / (2 * self.softness))) / 2, 1.0) for rank in ranks
+            ]
             return np.asarray(np.prod(kept, axis=0), dtype=np.float32)
         known = np.logical_or.reduce([channel.membership(texts, ids, self.top_n)[:, 0] for channel in self.channels])
         return np.where(known, 0.0, 1.0).astype(np.float32)
@@ -297,6 +301,11 @@ def item_quality(items: Items, column: str = "quality") -> npt.NDArray[np.float6
     return quality
 
 
+def name_of(function: RewardFunction) -> str:
+    """What a reward function is called in logs and messages."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 def gather(functions: Sequence[RewardFunction], **columns: Any) -> FloatArray:
     """Call every reward function once, the async ones together: ``[N, R]`` float32, NaN where one abstains.
 
@@ -310,7 +319,7 @@ def gather(functions: Sequence[RewardFunction], **columns: Any) -> FloatArray:
     count = len(columns["item_positions"])
     rewards = np.empty((count, len(functions)), dtype=np.float32)
     for r, (function, answer) in enumerate(zip(functions, answers, strict=True)):
-        name = getattr(function, "__name__", type(function).__name__)
+        name = name_of(function)
         if not hasattr(answer, "__len__"):
             raise ValueError(f"reward function {name!r} gave {answer!r}; give one number, or None, for each candidate")
         if not isinstance(answer, np.ndarray) or answer.dtype == object:

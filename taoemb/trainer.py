@@ -41,9 +41,10 @@ from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
 from taoemb.health import CollapseAlarm, group_health
 from taoemb.index.refresh import Encode, IndexRefresher, build_index
-from taoemb.objective import Batch, ListRewards, Objective
+from taoemb.list_rewards import ListScorer
+from taoemb.objective import Batch, Objective
 from taoemb.policy import effective_rank, entropy, kl_divergence, log_probs
-from taoemb.rewards import RelevanceReward, gate, gather
+from taoemb.rewards import RelevanceReward, gate, gather, name_of
 from taoemb.store import EmbeddingStore, encode_corpus, ids_hash
 from taoemb.tracking import Backend, Tracker
 from taoemb.trainer_config import RetrievalGRPOConfig
@@ -83,7 +84,7 @@ class RetrievalGRPOTrainer:
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.encoder, self.catalog, self.config = encoder, catalog, config or RetrievalGRPOConfig()
-        self.world = World()
+        self.world = World.join()
         self.run_dir, self.name, self.trackers = Path(run_dir), name, trackers
         if len(reward_functions) != len(reward_weights) or not reward_functions:
             raise ValueError(f"{len(reward_functions)} reward functions, {len(reward_weights)} weights: give one each")
@@ -101,24 +102,22 @@ class RetrievalGRPOTrainer:
         self.buffer = GroupBuffer()
         self.item_encodings = 0
         self.probe_queries = catalog.queries.select("validation", catalog.qrels)
-        if self.config.eval_steps and not len(self.probe_queries):
-            raise ValueError(
-                f"eval_steps={self.config.eval_steps} needs graded queries of split 'validation'; the catalog has none"
-            )
+        check_probe(self.config, catalog)
         self.stopping = EarlyStopping(self.config.eval_patience)
         self.alarm = CollapseAlarm(self.config.collapse_ratio)
-        self.callbacks = Callbacks(callbacks, self.config, self.run_dir, model=encoder.model)
+        self.callbacks = Callbacks(callbacks, self.config, self.run_dir, self.world.rank, model=encoder.model)
         self._seconds: dict[str, float] = {}
-        self._list_means: dict[str, float] = {}
         self._next: Group | None = None  # retrieved ahead of its step
 
     def _sort_rewards(self, functions: Sequence[RewardFunction], weights: Sequence[float]) -> None:
         """Tell the rewards of items from those of lists (``of_lists``)."""
-        of_lists = [bool(getattr(function, "of_lists", False)) for function in functions]
-        self.reward_functions = [f for f, lists in zip(functions, of_lists, strict=True) if not lists]
-        self.list_functions = [(f, w) for f, w, lists in zip(functions, weights, of_lists, strict=True) if lists]
-        self.reward_names = [_name(f) for f in self.reward_functions]
-        names = ", ".join(_name(f) for f, _ in self.list_functions)
+        given = list(zip(functions, weights, strict=True))
+        items = [pair for pair in given if not getattr(pair[0], "of_lists", False)]
+        lists = [pair for pair in given if pair not in items]
+        self.reward_functions, self.reward_names = [f for f, _ in items], [name_of(f) for f, _ in items]
+        self.objective = Objective(self.config, self.reward_names, [weight for _, weight in items])
+        self.lists = ListScorer([f for f, _ in lists], [weight for _, weight in lists], self.catalog, self.world)
+        names = ", ".join(self.lists.names)
         if names and self.config.policy != "pl_rloo":
             raise ValueError(
                 f"policy={self.config.policy!r} rewards items, and {names} rewards lists: use policy=pl_rloo"
@@ -126,8 +125,10 @@ class RetrievalGRPOTrainer:
         if names and "relevance" not in self.reward_names:
             raise ValueError(f"{names} needs the relevance of a list's items: add a RelevanceReward, with weight 0 if it shall not "
                              "count by itself")  # fmt: skip
-        item_weights = [w for w, lists in zip(weights, of_lists, strict=True) if not lists]
-        self.objective = Objective(self.config, self.reward_names, item_weights)
+        if names and self.config.refill:
+            raise ValueError(
+                f"refill=true replaces groups whose items have equal rewards, and {names} rewards lists; turn it off"
+            )
 
     def _known_positives(self) -> Positives | None:
         try:
@@ -183,6 +184,7 @@ class RetrievalGRPOTrainer:
                 if owner and (due or self.callbacks.should_save):
                     save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
                                     extra=self._extra(), arrays=self._arrays())  # fmt: skip
+                if due or self.callbacks.should_save:
                     self.callbacks.call("on_save", step + 1)
                 if stop:
                     break
@@ -190,7 +192,7 @@ class RetrievalGRPOTrainer:
         if self.stopping.points:
             self.world.wait()
             load_weights(encoder, self._best)
-        return self.item_encodings
+        return self.world.from_owner(self.item_encodings)
 
     def _begin(self) -> None:
         """The embeddings of the start, which are the reference, and by the owner the index over them."""
@@ -210,8 +212,9 @@ class RetrievalGRPOTrainer:
             if "console" in self.trackers:
                 tqdm.write(self.refresher.forecast(config.steps, spent), file=sys.stderr)
         self.item_encodings = len(self.item_texts)
-        self.reference_ND = self.world.tensor_from_owner(items, encoder.device)
-        self.reference_QD = self.world.tensor_from_owner(queries, encoder.device)
+        cpu = torch.device("cpu")  # a step needs a few thousand rows of them
+        self.reference_ND = self.world.tensor_from_owner(items, cpu)
+        self.reference_QD = self.world.tensor_from_owner(queries, cpu)
 
     @property
     def _best(self) -> Path:
@@ -260,6 +263,8 @@ class RetrievalGRPOTrainer:
         """The rewards of this process's share of a batch, ``[B', K, R]``, NaN where a reward function abstains."""
         rows = self.world.share(len(group.queries))
         items_BK = group.items_BK[rows]
+        if not len(items_BK):
+            return np.zeros((0, items_BK.shape[1], len(self.reward_functions)), np.float32)
         query_positions, item_positions = np.repeat(group.queries[rows], items_BK.shape[1]), items_BK.ravel()
         return gather(
             self.reward_functions,
@@ -267,7 +272,7 @@ class RetrievalGRPOTrainer:
             items=[self.catalog.items[i] for i in item_positions.tolist()],
             query_positions=query_positions,
             item_positions=item_positions,
-        ).reshape(*items_BK.shape, -1)
+        ).reshape(*items_BK.shape, len(self.reward_functions))
 
     def judge(
         self, group: Group, verdicts: Future[FloatArray] | None = None, step: int = 0
@@ -302,8 +307,8 @@ class RetrievalGRPOTrainer:
         places = torch.from_numpy(where.ravel()).to(device)
         place_BK, own = places[: group.items_BK.size].view(group.items_BK.shape), places[group.items_BK.size :]
         with self._timed("forward"):
-            reference_UD = self.reference_ND[torch.from_numpy(distinct).to(device)]
-            reference_BD = self.reference_QD[torch.from_numpy(group.queries).to(device)]
+            reference_UD = self.reference_ND[torch.from_numpy(distinct)].to(device)
+            reference_BD = self.reference_QD[torch.from_numpy(group.queries)].to(device)
             query_BD = cache.encode([self.query_texts[q] for q in group.queries], "query")
             item_UD = reference_UD
             if not encoder.items_fixed:
@@ -360,12 +365,13 @@ class RetrievalGRPOTrainer:
         scores_BU = query_BD @ item_UD.T
         logp_BK = log_probs(scores_BU.gather(1, place_BK), config.temperature)
         logp_reference_BK = log_probs((reference_BD @ reference_UD.T).gather(1, place_BK), config.temperature)
-        logp_old_BK = group.logp_old.setdefault(D, logp_BK.detach())
-        if self.encoder.dimension == D:
+        if self.encoder.dimension == D and D not in group.logp_old:
             self.objective.follow_constraints(logp_BK.detach(), torch.from_numpy(group.rewards_BKR).to(logp_BK.device))
+        logp_old_BK = group.logp_old.setdefault(D, logp_BK.detach())
         kl = kl_divergence(logp_BK, logp_reference_BK).mean()
         rewards_BKR = torch.from_numpy(rewards).to(logp_BK.device)
-        batch = Batch(logp_BK, logp_old_BK, logp_reference_BK, rewards_BKR, self._list_rewards(group))
+        lists = self.lists.of(group, self.reward_names.index("relevance")) if self.lists.names else None
+        batch = Batch(logp_BK, logp_old_BK, logp_reference_BK, rewards_BKR, lists)
         objective, metrics = self.objective(batch, rng)
         loss = -objective + config.beta * kl
         if contrast is not None:
@@ -374,35 +380,6 @@ class RetrievalGRPOTrainer:
             loss = loss + config.infonce_weight * nce
             metrics["infonce"] = float(nce.detach())
         return loss, metrics | {"kl": float(kl.detach()), "entropy": float(entropy(logp_BK.detach()).mean())}
-
-    def _list_rewards(self, group: Group) -> ListRewards | None:
-        """The weighted rewards of lists drawn from the groups."""
-        if not self.list_functions:
-            return None
-        assert group.rewards_BKR is not None
-        relevance_BK = group.rewards_BKR[..., self.reward_names.index("relevance")]
-
-        def rewards(lists_BNT: Tensor) -> Tensor:
-            B, N, T = lists_BNT.shape
-            rows, places = np.arange(B)[:, None], lists_BNT.reshape(B, N * T).cpu().numpy()
-            positions = group.items_BK[rows, places].reshape(B * N, T)
-            query_positions = np.repeat(group.queries, N)
-            values = gather(
-                [function for function, _ in self.list_functions],
-                queries=[self.catalog.queries[q] for q in query_positions.tolist()],
-                items=[[self.catalog.items[i] for i in row] for row in positions.tolist()],
-                query_positions=query_positions,
-                item_positions=positions,
-                relevance=relevance_BK[rows, places].reshape(B * N, T),
-                group_relevance=np.repeat(relevance_BK, N, axis=0),
-            )
-            self._list_means = {
-                _name(f): float(v) for (f, _), v in zip(self.list_functions, np.nanmean(values, axis=0), strict=True)
-            }
-            weighted = np.nan_to_num(values) @ np.array([weight for _, weight in self.list_functions], dtype=np.float32)
-            return torch.from_numpy(weighted.reshape(B, N)).to(lists_BNT.device)
-
-        return rewards
 
     def _contrast(self, group: Group, rng: np.random.Generator) -> tuple[Positions, Positions, Positions]:
         """For InfoNCE: the rows of the queries with known positives, a positive of each, and the global negatives."""
@@ -419,8 +396,9 @@ class RetrievalGRPOTrainer:
         if self.config.constraint_rate:
             weights = zip(self.reward_names, self.objective.weights_R.tolist(), strict=True)
             metrics |= {f"reward/{name}/weight": weight for name, weight in weights}
-        metrics |= {f"reward/{name}/mean": mean for name, mean in self._list_means.items()}
-        metrics |= {"index_age": self.refresher.age(step), "refreshes": float(self.refresher.refreshes)}
+        metrics |= {f"reward/{name}/mean": mean for name, mean in self.lists.means.items()}
+        ahead = int(self._next is not None)  # then the index is that of the next step
+        metrics |= {"index_age": self.refresher.age(step + ahead), "refreshes": float(self.refresher.refreshes)}
         measured = {"overlap@K": self.refresher.overlap, "index_drift": self.refresher.drift,
                     "index_recall": self.refresher.recall}  # fmt: skip
         metrics |= {name: value for name, value in measured.items() if not np.isnan(value)}
@@ -454,7 +432,7 @@ class RetrievalGRPOTrainer:
         rows = positions[positions >= 0]
         missing = torch.zeros(len(positions) - len(rows), self.encoder.dimension, device=self.encoder.device)
         if self.encoder.items_fixed:
-            return torch.cat([missing, self.reference_ND[torch.from_numpy(rows).to(self.encoder.device)]])
+            return torch.cat([missing, self.reference_ND[torch.from_numpy(rows)].to(missing.device)])
         texts = [self.item_texts[i] for i in rows.tolist()]
         self.item_encodings += len(texts)
         return torch.cat([missing, torch.from_numpy(self.encoder.encode_document(texts)).to(missing.device)])
@@ -462,8 +440,8 @@ class RetrievalGRPOTrainer:
     def _identity(self) -> dict[str, Any]:
         return {
             "config": dataclasses.asdict(self.config),
-            "rewards": [*self.reward_names, *(_name(function) for function, _ in self.list_functions)],
-            "reward_weights": [*self.objective.weights_R.tolist(), *(weight for _, weight in self.list_functions)],
+            "rewards": [*self.reward_names, *self.lists.names],
+            "reward_weights": [*self.objective.weights_R.tolist(), *self.lists.weights],
             "processes": self.world.size,
             "start_model": self.encoder.fingerprint,
             "items": ids_hash(self.catalog.items.ids),
@@ -508,5 +486,9 @@ class RetrievalGRPOTrainer:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _name(function: RewardFunction) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
+def check_probe(config: RetrievalGRPOConfig, catalog: Catalog) -> None:
+    """Raises ValueError where the run shall be evaluated on the way and no validation query has grades."""
+    if config.eval_steps and not len(catalog.queries.select("validation", catalog.qrels)):
+        raise ValueError(
+            f"eval_steps={config.eval_steps} needs graded queries of split 'validation'; the catalog has none"
+        )

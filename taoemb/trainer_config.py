@@ -34,7 +34,7 @@ class RetrievalGRPOConfig:
     """Retrievals; each is followed by ``num_iterations`` optimiser steps."""
     batch_size: int = 64
     """B: queries per step, of each process where several train."""
-    num_candidates: int = 32
+    num_candidates: int = 64
     """K: candidates of a query's group."""
     candidates: CandidateSource = "index"
     """Where they come from: the ``index``, the positives of the batch's other queries, gathered across processes (``in_batch``, as
@@ -95,9 +95,9 @@ class RetrievalGRPOConfig:
     """Above 0, relevance (the first reward) is maximised under the constraint that no other objective falls under its level at the
     start: each step raises the weight of one that has by this rate times the gap, and lowers that of one that has not, down
     to 0. The weights given are where they begin."""
-    distill_weight: float = 0.0
-    """Weight of ``kl_distill`` beside another policy: it holds the whole of a group to the judge's distribution while the policy works
-    on what counts most."""
+    distill_weight: float = 3.0
+    """Weight of ``kl_distill`` beside the policy: it holds the whole of a group to the judge's distribution while the policy sharpens its
+    head. 0 leaves it out, as published; beside ``kl_distill`` the weights add up."""
     distill_temperature: float = 0.2
     """Temperature of the rewards' softmax in ``kl_distill`` and ``kl_optimum``."""
     dpo_beta: float = 0.1
@@ -157,6 +157,12 @@ class RetrievalGRPOConfig:
             raise ValueError(f"num_candidates={self.num_candidates}: a group needs at least 2 to compare")
         if not 0 <= self.random_candidates < self.num_candidates:
             raise ValueError(f"random_candidates={self.random_candidates}: give 0 to num_candidates - 1")
+        if self.candidates == "in_batch" and self.overfetch > 1:
+            raise ValueError(f"overfetch={self.overfetch}: with candidates=in_batch the index proposes nothing; give 1")
+        if self.multi_objective_aggregation == "separate_losses" and self.policy == "pl_rloo":
+            raise ValueError(
+                "multi_objective_aggregation=separate_losses: pl_rloo has one reward for each list; use another"
+            )
         if self.exploration and self.overfetch == 1:
             raise ValueError(f"exploration={self.exploration} chooses from more than K: give overfetch=2 or more")
         if self.policy == "pl_rloo" and self.list_samples < 2:
@@ -194,8 +200,10 @@ class RetrievalGRPOConfig:
         exclusivity, advantages over the group's deviation, clip and KL, candidates from the batch, and no InfoNCE. The numbers
         that it does not publish are ours, and like all others may be given."""
         rewards = RewardConfig(relevance=1, quality=1, exclusivity=1, gate=False, exclusivity_mode="lexical")
-        published: dict[str, Any] = {"policy": "paper", "multi_objective_aggregation": "sum_then_normalize", "std_floor": 0.0, "infonce_weight": 0.0,
-                     "candidates": "in_batch", "rewards": rewards}  # fmt: skip
+        published: dict[str, Any] = {
+            "policy": "paper", "multi_objective_aggregation": "sum_then_normalize", "std_floor": 0.0, "infonce_weight": 0.0,
+            "distill_weight": 0.0, "candidates": "in_batch", "epsilon_high": settings.get("epsilon", cls.epsilon), "rewards": rewards,
+        }  # fmt: skip
         return cls(**published | settings)
 
     @property

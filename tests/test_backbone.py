@@ -383,8 +383,10 @@ def test_adapter_folder(transformer, tmp_path):
     prepare(again, BackboneConfig(lora_rank=4, lora_alpha=8, merge_lora=False))
     assert again.fingerprint == before
     assert len(again.trainable_parameters()) == len(encoder.trainable_parameters())
-    with pytest.raises(ValueError, match=r"lora_rank=2.*rank, alpha\) \[\(4, 8\)\]"):
+    with pytest.raises(ValueError, match="lora_rank=2: the model carries adapters with 4; give the same"):
         prepare(Encoder(tmp_path / "m"), BackboneConfig(lora_rank=2, lora_alpha=8))
+    with pytest.raises(ValueError, match=r"lora_targets=\['value'\]: the model carries adapters of"):
+        prepare(Encoder(tmp_path / "m"), BackboneConfig(lora_rank=4, lora_alpha=8, lora_targets=("value",)))
     full = Encoder(tmp_path / "m")
     prepare(full, BackboneConfig())  # merged, then trained whole
     np.testing.assert_allclose(full.encode_query(TEXTS), encoder.encode_query(TEXTS), atol=1e-5)

@@ -106,7 +106,34 @@ def test_T13_two_processes_are_one_with_the_whole_batch(
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["reward/relevance/mean"] == pytest.approx(b["reward/relevance/mean"], abs=1e-6)
         assert a["item_encodings"] == b["item_encodings"]
-    assert (one / "spent-0").read_text() == (two / "spent-0").read_text()
+    assert (one / "spent-0").read_text() == (two / "spent-0").read_text() == (two / "spent-1").read_text()
+
+
+JOB = """
+import sys
+from taoemb.config import load_config
+from taoemb.job import TrainConfig, TrainJob
+
+data, model, out = sys.argv[1:]
+config = load_config(TrainConfig, None, [
+    f"data={data}", f"model={model}", "trackers=[jsonl]", "stage1.steps=6", "stage1.batch_size=8", "stage1.global_negatives=8",
+    "stage1.save_steps=4", "stage2.steps=7", "stage2.batch_size=4", "stage2.num_candidates=6", "stage2.global_negatives=8",
+    "stage2.refresh_steps=3", "stage2.save_steps=2",
+])
+comparison = TrainJob(config, out).run()
+print("compared" if comparison else "nothing")
+"""
+
+
+def test_the_job_ends_with_several_processes(small_shop_folder, tiny_bert, tmp_path):
+    """All rows, dropout in stage 1, an index that is refreshed; a second call finds everything; one process speaks."""
+    arguments = [small_shop_folder, tiny_bert, tmp_path / "run"]
+    first = launch(2, JOB, arguments, tmp_path)
+    assert [("compared" in output, "nothing" in output) for output in first] == [(True, False), (False, True)]
+    metrics = (tmp_path / "run" / "metrics.json").read_bytes()
+    assert set(json.loads(metrics)["systems"]) == {"bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo"}
+    launch(2, JOB, arguments, tmp_path)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == metrics
 
 
 SHARES = """

@@ -90,6 +90,30 @@ def test_rewards_of_lists_by_the_settings(config, tmp_path):
         assert max(means) > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"matryoshka_dims": (64,)}, r"matryoshka_dims=\[64\]: give whole numbers from 1 to below the 16"),
+        ({"rewards": RewardConfig(click_floor=0.5)}, None),
+    ],
+)
+def test_what_cannot_work_is_said_before_stage_1(config, tmp_path, settings, message):
+    config = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, **settings))
+    if message is None:  # this shop has clicks
+        TrainJob(dataclasses.replace(config, systems=("stage1", "retrieval_grpo")), tmp_path).run()
+        return
+    with pytest.raises(ValueError, match=message):
+        TrainJob(config, tmp_path).run()
+    assert not (tmp_path / "models" / "stage1").exists()
+
+
+def test_a_row_that_cannot_work_is_said_at_once(config):
+    rewards = RewardConfig(exclusivity_mode="list")
+    stage2 = dataclasses.replace(config.stage2, policy="pl_rloo", rewards=rewards)
+    with pytest.raises(ValueError, match="systems holds 'kl_distill': policy='kl_distill' rewards items"):
+        dataclasses.replace(config, stage2=stage2, systems=("stage1", "retrieval_grpo", "kl_distill"))
+
+
 @pytest.mark.parametrize("stop", [0, 3, 6])
 def test_a_stopped_run_ends_as_an_uninterrupted_one(config, tmp_path, monkeypatch, stop):
     TrainJob(config, tmp_path / "whole").run()

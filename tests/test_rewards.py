@@ -317,6 +317,12 @@ def test_a_quality_column_that_was_asked_for_must_be_there(small_shop):
 # Soft ranks, noisy and uncertain judges -----------------------------------------------------------------------------------
 
 
+def test_soft_rank_of_a_long_channel_does_not_overflow():
+    channel = RunChannel("other", {"red shoes": ["a"], "running": []})
+    kept = ExclusivityReward(channel, "soft_rank", 10_000, 10.0)(**PAIRS)
+    assert kept.tolist() == pytest.approx([0.0, 1.0, 1.0])
+
+
 def test_soft_rank_by_hand():
     tops = {"a": {"q": [f"i{n}" for n in range(200)]}, "b": {"q": ["i50"]}}
     channels = [RunChannel(name, top) for name, top in tops.items()]

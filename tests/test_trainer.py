@@ -42,7 +42,7 @@ QUICK = {
     "steps": 12, "batch_size": 8, "num_candidates": 6, "global_negatives": 16, "save_steps": 5, "refresh_steps": 4,
     "learning_rate": 0.02,
 }  # fmt: skip
-PLAIN = {"beta": 0, "infonce_weight": 0, "std_floor": 0}  # nothing but the policy term
+PLAIN = {"beta": 0, "infonce_weight": 0, "std_floor": 0, "distill_weight": 0}  # nothing but the policy term
 
 
 class Recorder(RetrievalGRPOTrainer):
@@ -178,6 +178,14 @@ def toy(words, items, queries, grade=3):
         ({"epsilon_high": 0}, "epsilon_high=0"),
         ({"warmup_ratio": 1}, "warmup_ratio=1"),
         ({"candidates": "batch"}, "candidates='batch': give one of index, in_batch, mixed"),
+        (
+            {"candidates": "in_batch", "overfetch": 2},
+            "overfetch=2: with candidates=in_batch the index proposes nothing",
+        ),
+        (
+            {"multi_objective_aggregation": "separate_losses", "policy": "pl_rloo"},
+            "pl_rloo has one reward for each list",
+        ),
         ({"exploration": 1.0}, "exploration=1.0 chooses from more than K: give overfetch=2"),
         ({"tail_power": -1}, "tail_power=-1: give 0 or more"),
         ({"policy": "pl_rloo", "list_samples": 1}, "list_samples=1: pl_rloo compares lists"),
@@ -600,8 +608,8 @@ def test_dropout_is_off(make, tiny_bert):
 
 @pytest.mark.parametrize("settings", [{"beta": 20.0}, {"anchor_weight": 50.0}], ids=str)
 def test_kl_and_anchor_hold_the_model_at_the_reference(make, settings):
-    free = make(policy="paper", infonce_weight=0, beta=0, run="free", steps=30)
-    held = make(policy="paper", infonce_weight=0, **{"beta": 0, **settings}, run="held", steps=30)
+    free = make(policy="paper", run="free", steps=30, **PLAIN)
+    held = make(policy="paper", run="held", steps=30, **PLAIN | settings)
     free.train()
     held.train()
     assert curve(free, "kl")[0] == pytest.approx(0, abs=1e-5)
@@ -869,7 +877,8 @@ def test_a_constraint_holds_an_objective_that_relevance_would_give_up(make, smal
 
     def level(**settings):
         trainer = make([relevance(catalog), against], [1.0, 0.05], steps=80, batch_size=32, num_candidates=16, infonce_weight=0,
-                       learning_rate=0.01, run=str(settings), rewards=RewardConfig(gate=False), **settings)  # fmt: skip
+                       learning_rate=0.01, distill_weight=0, run=str(settings), rewards=RewardConfig(gate=False),
+                       **settings)  # fmt: skip
         trainer.train()
         return np.mean(curve(trainer, "reward/against/mean")[-10:]), trainer
 
@@ -980,6 +989,14 @@ def test_candidates_of_the_batch_need_positives(make, shop_words):
         make(catalog=toy(shop_words, 20, 8, grade=1), infonce_weight=0, candidates="in_batch")
 
 
+def test_a_batch_too_small_to_compare_is_refused(make):
+    with pytest.raises(
+        ValueError,
+        match="candidates='in_batch': 1 queries give a group of 1, with nothing to compare; raise batch_size",
+    ):
+        make(steps=1, candidates="in_batch", batch_size=1).train()
+
+
 def test_exploration_draws_groups_from_the_policy(make, static_model, shop_words):
     """The share of groups that hold an item is that of Plackett-Luce draws without replacement, by enumeration."""
     catalog = toy(shop_words, 4, 1)
@@ -1088,8 +1105,8 @@ def test_the_published_preset_is_eq_7_by_hand():
         for i in range(3):
             advantage = (r[i] - mean) / (std + 1e-4) if max(r) > min(r) else 0.0
             rho = pi[i] / pi_old[i]
-            total += min(rho * advantage, min(max(rho, 0.8), 1.28) * advantage) / 9
-    config = RetrievalGRPOConfig.as_published()
+            total += min(rho * advantage, min(max(rho, 0.9), 1.1) * advantage) / 9
+    config = RetrievalGRPOConfig.as_published(epsilon=0.1)
     objective = Objective(config, ["relevance", "quality", "exclusivity"],
                           [config.rewards.relevance, config.rewards.quality, config.rewards.exclusivity])  # fmt: skip
     logp, old = (torch.log_softmax(torch.tensor(values), -1) for values in (logits, before))
@@ -1104,10 +1121,11 @@ def test_the_published_preset_is_eq_7_by_hand():
 # --- several losses, several dimensions, lists ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["kl_distill", "lambda"])
+@pytest.mark.parametrize("policy", ["kl_distill", "lambda", "mixed", "positive_only", "infonce_hard"])
 def test_separate_losses_are_the_weighted_sum_of_each_objectives_own(policy):
     logp_BK = torch.log_softmax(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), -1)
     rewards_BKR = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(1))
+    rewards_BKR[1, :, 1] = 0.0  # as the gate leaves it: no objective of that group, and no pull to a uniform policy
     batch = Batch(logp_BK, logp_BK, logp_BK, rewards_BKR)
 
     def value(weights, rewards, names, **settings):
@@ -1117,6 +1135,11 @@ def test_separate_losses_are_the_weighted_sum_of_each_objectives_own(policy):
     both = value([1.0, 0.3], rewards_BKR, ["relevance", "quality"], multi_objective_aggregation="separate_losses")
     alone = [value([1.0], rewards_BKR[..., r : r + 1], [name]) for r, name in enumerate(("relevance", "quality"))]
     assert both == pytest.approx(alone[0] + 0.3 * alone[1], rel=1e-5)
+    known = dataclasses.replace(batch, logp_BK=logp_BK[[0, 2]], logp_old_BK=logp_BK[[0, 2]], logp_reference_BK=logp_BK[[0, 2]],
+                                rewards_BKR=rewards_BKR[[0, 2], :, 1:])  # fmt: skip
+    if policy in ("kl_distill", "lambda", "infonce_hard"):
+        objective = Objective(RetrievalGRPOConfig(policy=policy), ["quality"], [1.0])
+        assert alone[1] == pytest.approx(2 / 3 * float(objective(known, np.random.default_rng(0))[0]), rel=1e-5)
     assert both != pytest.approx(value([1.0, 0.3], rewards_BKR, ["relevance", "quality"]), rel=1e-3)
 
 
@@ -1130,9 +1153,10 @@ def test_distillation_beside_a_policy_is_added_with_its_weight(policy):
         objective = Objective(RetrievalGRPOConfig(**settings), ["relevance"], [1.0])
         return float(objective(Batch(logp_BK, logp_BK, logp_BK, rewards_BKR), np.random.default_rng(0))[0])
 
+    alone = {name: value(policy=name, distill_weight=0.0) for name in (policy, "kl_distill")}
     both = value(policy=policy, distill_weight=0.7)
-    assert both == pytest.approx(value(policy=policy) + 0.7 * value(policy="kl_distill"), rel=1e-5)
-    assert value(policy="kl_distill") < 0
+    assert both == pytest.approx(alone[policy] + 0.7 * alone["kl_distill"], rel=1e-5)
+    assert alone["kl_distill"] < 0
 
 
 def test_matryoshka_trains_the_prefix_too(make, small_shop, tmp_path):
@@ -1160,7 +1184,9 @@ def test_matryoshka_trains_the_prefix_too(make, small_shop, tmp_path):
 
 
 def test_matryoshka_dimensions_are_shorter_than_the_embeddings(make):
-    with pytest.raises(ValueError, match=r"matryoshka_dims=\(8, 16\): the embeddings have 16 dimensions; give fewer"):
+    with pytest.raises(
+        ValueError, match=r"matryoshka_dims=\[8, 16\]: give whole numbers from 1 to below the 16 dimensions"
+    ):
         make(matryoshka_dims=(8, 16))
 
 
@@ -1183,6 +1209,19 @@ def test_a_reward_of_lists_is_learned(make, small_shop):
     trainer.train()
     means = curve(trainer, "reward/spread/mean")
     assert np.mean(means[-10:]) > np.mean(means[:10]) + 0.1
+
+
+def test_a_list_reward_that_abstains_says_nothing(make, small_shop, monkeypatch):
+    """Known lists are all alike: no gradient, whatever the others would have got."""
+
+    class Sometimes(Spread):
+        def __call__(self, *, item_positions, **_):
+            return [0.5 if i % 2 else None for i in item_positions[:, 0].tolist()]
+
+    trainer = make([relevance(small_shop), Sometimes()], [0.0, 1.0], policy="pl_rloo", list_length=3, steps=2, **PLAIN)
+    before = weights_of(trainer)
+    trainer.train()
+    assert same(before, weights_of(trainer))
 
 
 def test_rewards_of_lists_need_a_list_policy_and_relevance(make, small_shop):
@@ -1268,4 +1307,4 @@ def test_callbacks_of_the_hugging_face_trainer(make, tmp_path):
 
 def test_what_is_no_callback(make, small_shop):
     with pytest.raises(TypeError, match="give instances of transformers.TrainerCallback"):
-        Callbacks([print], RetrievalGRPOConfig(), None)
+        Callbacks([print], RetrievalGRPOConfig(), None, 0)
