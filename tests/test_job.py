@@ -170,11 +170,11 @@ def test_training_queries_are_written_when_there_are_none(small_shop, static_mod
     assert again.catalog.queries.texts == job.catalog.queries.texts
 
 
-def test_a_policys_name_is_a_row_that_differs_in_the_policy_alone(config, tmp_path):
+def test_a_policys_name_is_a_row_of_that_policy_by_itself(config, tmp_path):
     rows = load_config(TrainConfig, None, [f"data={config.data}", "systems=[stage1,retrieval_grpo,paper,kl_distill]"])
     job = TrainJob(dataclasses.replace(config, systems=rows.systems), tmp_path / "run")
     job.run()
-    alone = dataclasses.replace(config.stage2, policy="paper")
+    alone = dataclasses.replace(config.stage2, policy="paper", distill_weight=0.0)
     encoder = job.encoder("stage1")
     RetrievalGRPOTrainer(encoder, job.catalog, *job._rewards(alone), alone, run_dir=tmp_path / "alone").train()
     assert job.encoder("paper").fingerprint == encoder.fingerprint
@@ -185,7 +185,8 @@ def test_a_policys_name_is_a_row_that_differs_in_the_policy_alone(config, tmp_pa
 
 def test_the_policy_of_retrieval_grpo_is_no_row_of_its_own(config):
     with pytest.raises(ValueError, match="'mixed', which is the policy of 'retrieval_grpo' already"):
-        dataclasses.replace(config, systems=("stage1", "retrieval_grpo", "mixed"))
+        plain = dataclasses.replace(config.stage2, distill_weight=0.0)
+        dataclasses.replace(config, stage2=plain, systems=("stage1", "retrieval_grpo", "mixed"))
 
 
 def test_a_catalog_that_changed_is_not_mixed_into_a_run(config, small_shop, tmp_path):
