@@ -184,8 +184,8 @@ def test_a_policys_name_is_a_row_of_that_policy_by_itself(config, tmp_path):
 
 
 def test_the_policy_of_retrieval_grpo_is_no_row_of_its_own(config):
+    plain = dataclasses.replace(config.stage2, distill_weight=0.0)
     with pytest.raises(ValueError, match="'mixed', which is the policy of 'retrieval_grpo' already"):
-        plain = dataclasses.replace(config.stage2, distill_weight=0.0)
         dataclasses.replace(config, stage2=plain, systems=("stage1", "retrieval_grpo", "mixed"))
 
 
