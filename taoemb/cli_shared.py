@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -29,6 +31,9 @@ def told_apart(command: F) -> F:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+            raise typer.Exit(1) from None
         except (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError) as error:
             text = error.args[0] if isinstance(error, KeyError) else error
             typer.echo(f"error: {text}", err=True)

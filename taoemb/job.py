@@ -477,7 +477,8 @@ class TrainJob:
         )  # fmt: skip
 
     def _meta(self) -> dict[str, Any]:
-        catalog = self.catalog
+        catalog, stage2 = self.catalog, self.config.stage2
+        policy = stage2.policy + (f" + {stage2.distill_weight:g} KL distillation" if stage2.distill_weight else "")
         return {
             "items": len(catalog.items),
             "train_queries": len(catalog.queries.select("train")),
@@ -488,7 +489,7 @@ class TrainJob:
             "judge": self.judge.name,
             "evaluated_by": catalog.metadata.get("labels", "the catalog's grades"),
             "channels": ", ".join(self.channels),
-            "policy": self.config.stage2.policy,
+            "policy": policy,
             "model": self.config.model,
             "data": catalog.metadata.get("name", Path(self.config.data).name),
         }

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -481,3 +482,17 @@ def test_encode_takes_types_and_updates(small_shop, small_shop_folder, static_mo
     assert "dtype='half': give one of float32" in refused(
         "encode", static_model, "--data", other, *out, "--dtype", "half"
     )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    """``taoemb ... | head``: no message, no traceback."""
+    script = (
+        "import typer\nfrom taoemb.cli_shared import told_apart\n"
+        "def many():\n    for _ in range(100_000):\n        typer.echo('a line')\n"
+        "typer.run(told_apart(many))\n"
+    )
+    (tmp_path / "many.py").write_text(script)
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / 'many.py'))} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "a line\n"
+    assert done.stderr == ""
