@@ -2,7 +2,8 @@
 
 Every process holds the model, draws the same batch, and embeds its share of the texts; the embeddings are gathered, so that each
 computes the loss of the whole batch, and the gradients of the shares are summed. That is the gradient of one process with the
-whole batch: in-batch negatives and groups reach across processes, as in R-GRPO. Process 0, the owner, holds the index, logs,
+whole batch, dropout in stage 1 apart, whose masks are each process's own: in-batch negatives and groups reach across processes, as
+in R-GRPO. Process 0, the owner, holds the index, logs,
 evaluates and writes; the others wait for it as long as it takes.
 """
 
@@ -12,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -60,13 +62,17 @@ class World:
 
     def share(self, count: int) -> slice:
         """The part of ``count`` rows that this process works on."""
-        return slice(*(count * part // self.size for part in (self.rank, self.rank + 1)))
+        return slice(*self._cuts(count)[self.rank : self.rank + 2])
+
+    def _cuts(self, count: int) -> list[int]:
+        return [count * part // self.size for part in range(self.size + 1)]
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """The ``count`` rows of all processes from the shares of each, ``[count, ...]``."""
         if self.size == 1:
             return rows
-        sizes = [count * (part + 1) // self.size - count * part // self.size for part in range(self.size)]
+        cuts = self._cuts(count)
+        sizes = [end - start for start, end in pairwise(cuts)]
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # gloo gathers equal sizes alone
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]

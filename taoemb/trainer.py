@@ -1,6 +1,6 @@
 """Stage 2: Retrieval-GRPO. The index proposes, the rewards judge, a group-relative policy update moves the encoder.
 
-Left out on purpose, because all rewards of a group are known: sampling of candidates, and estimators of the KL.
+Left out on purpose, because all rewards of a group are known: estimators of the KL, and, unless asked for, sampled candidates.
 Dropout is off, so that the policy that is updated is the policy that retrieved.
 """
 
