@@ -158,7 +158,7 @@ def train_contrastive(
     folder, world = Path(run_dir) / "checkpoints" / name, World.join()
     texts = encoder.item_texts(catalog.items)
     positives = Positives(catalog, texts)
-    optimizer = make_optimizer(encoder, config.learning_rate)
+    optimizer = world.adamw(encoder.trainable_parameters(), config.learning_rate)
     settings = dataclasses.asdict(config)
     identity = {
         "config": settings,
@@ -212,18 +212,13 @@ def train_contrastive(
             encodings += len(distinct)
             tracker.log(step, {"loss": value, "learning_rate": rate, "grad_norm": float(norm),
                                "item_encodings": encodings})  # fmt: skip
-            if world.owner and ((step + 1) % config.save_steps == 0 or step + 1 == config.steps):
-                save_checkpoint(
-                    folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
-                    extra={"item_encodings": encodings},
-                )  # fmt: skip
+            if (step + 1) % config.save_steps == 0 or step + 1 == config.steps:
+                world.collect(optimizer)
+                if world.owner:
+                    save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
+                                    extra={"item_encodings": encodings})  # fmt: skip
     encoder.model.eval()
     return encodings
-
-
-def make_optimizer(encoder: Encoder, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay; fused, which is several times faster on the large tables of static embeddings."""
-    return torch.optim.AdamW(encoder.trainable_parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 def set_learning_rate(

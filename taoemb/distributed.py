@@ -4,7 +4,8 @@ Every process holds the model, draws the same batch, and embeds its share of the
 computes the loss of the whole batch, and the gradients of the shares are summed. That is the gradient of one process with the
 whole batch, dropout in stage 1 apart, whose masks are each process's own: in-batch negatives and groups reach across processes, as
 in R-GRPO. Process 0, the owner, holds the index, logs,
-evaluates and writes; the others wait for it as long as it takes.
+evaluates and writes; the others wait for it as long as it takes. Every process keeps the whole model, as the owner embeds the catalog
+by itself, and the optimiser's moments of its own share of the weights.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=365)  # the owner may evaluate for hours; torchrun ends the others when a process dies
@@ -87,6 +89,21 @@ class World:
             if parameter.grad is None:  # this share had no text for it
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
+
+    def adamw(self, parameters: Sequence[torch.nn.Parameter], learning_rate: float) -> Optimizer:
+        """AdamW without weight decay; fused, which is several times faster on the large tables of static embeddings. Of several
+        processes each keeps the moments of its share of the weights, half of what a weight needs in training (ZeRO, stage 1;
+        Rajbhandari et al., SC 2020)."""
+        if self.size == 1:
+            return AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(parameters, AdamW, lr=learning_rate, weight_decay=0.0, fused=True)
+
+    def collect(self, optimizer: Optimizer) -> None:
+        """Bring the moments of all processes to the owner, whose ``state_dict`` is then whole."""
+        if self.size > 1:
+            optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
 
     def from_owner(self, value: T) -> T:
         """The owner's value, in every process."""

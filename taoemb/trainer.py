@@ -32,7 +32,6 @@ from taoemb.contrastive import (
     Positives,
     check_matryoshka,
     draw_prefix,
-    make_optimizer,
     set_learning_rate,
 )
 from taoemb.distributed import World
@@ -146,7 +145,7 @@ class RetrievalGRPOTrainer:
         """
         config, encoder, owner = self.config, self.encoder, self.world.owner
         encoder.model.eval()
-        optimizer = make_optimizer(encoder, config.learning_rate)
+        optimizer = self.world.adamw(encoder.trainable_parameters(), config.learning_rate)
         folder, identity = self.run_dir / "checkpoints" / self.name, self._identity()
         self._begin()
         with self.world.owner_first():
@@ -179,12 +178,13 @@ class RetrievalGRPOTrainer:
                 self.callbacks.call("on_step_end", step + 1, optimizer=optimizer)
                 self.callbacks.log(step + 1, metrics)
                 self.alarm.check(step, metrics["effective_rank"])
-                stop = self.stopping.over or self.world.from_owner(self.callbacks.should_stop)
-                due = (step + 1) % config.save_steps == 0 or step + 1 == config.steps or stop
-                if owner and (due or self.callbacks.should_save):
-                    save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
-                                    extra=self._extra(), arrays=self._arrays())  # fmt: skip
-                if due or self.callbacks.should_save:
+                asked_stop, asked_save = self.world.from_owner((self.callbacks.should_stop, self.callbacks.should_save))
+                stop = self.stopping.over or asked_stop
+                if (step + 1) % config.save_steps == 0 or step + 1 == config.steps or stop or asked_save:
+                    self.world.collect(optimizer)
+                    if owner:
+                        save_checkpoint(folder, step=step + 1, encoder=encoder, optimizer=optimizer, identity=identity,
+                                        extra=self._extra(), arrays=self._arrays())  # fmt: skip
                     self.callbacks.call("on_save", step + 1)
                 if stop:
                     break

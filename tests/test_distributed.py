@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from taoemb.distributed import World
 from taoemb.encoder import Encoder
@@ -25,8 +27,9 @@ from taoemb.judge import OracleJudge
 from taoemb.rewards import QualityReward, RelevanceReward
 from taoemb.trainer import RetrievalGRPOTrainer
 from taoemb.trainer_config import RetrievalGRPOConfig
+from transformers import TrainerCallback
 
-data, model, out, batch, stage1, stage2 = sys.argv[1:]
+data, model, out, batch, stage1, stage2, stop = sys.argv[1:]
 world = World.join()
 torch.set_num_threads(1)
 catalog, encoder = Catalog.load(data), Encoder(model)
@@ -37,10 +40,20 @@ first = ContrastiveConfig(batch_size=int(batch), global_negatives=8, **json.load
 train_contrastive(encoder, catalog, first, run_dir=out, trackers=["jsonl"])
 second = RetrievalGRPOConfig(batch_size=int(batch), num_candidates=6, global_negatives=8, **json.loads(stage2))
 rewards = [RelevanceReward(OracleJudge(catalog.qrels, 0)), QualityReward(catalog.items.column("quality"))]
-trainer = RetrievalGRPOTrainer(encoder, catalog, rewards, [1.0, 0.3], second, run_dir=out, trackers=["jsonl"])
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **shown):
+        held.append(len(shown["optimizer"].optim.state) if world.size > 1 else 0)
+        control.should_training_stop = world.owner and state.global_step == int(stop)
+
+
+held = []
+trainer = RetrievalGRPOTrainer(encoder, catalog, rewards, [1.0, 0.3], second, run_dir=out, trackers=["jsonl"], callbacks=[Stop()])
 spent = trainer.train()
 encoder.save(Path(out) / f"model-{world.rank}")
 (Path(out) / f"spent-{world.rank}").write_text(str(spent))
+print("moments of", held[-1], "of", len(encoder.trainable_parameters()))
 """
 
 
@@ -86,8 +99,8 @@ def test_T13_two_processes_are_one_with_the_whole_batch(
     folder = request.getfixturevalue(model)
     stages = [json.dumps(STAGE1), json.dumps(STAGE2 | settings)]
     one, two = tmp_path / "one", tmp_path / "two"
-    launch(1, TRAIN, [small_shop_folder, folder, one, 8, *stages], tmp_path)
-    launch(2, TRAIN, [small_shop_folder, folder, two, 4, *stages], tmp_path)
+    launch(1, TRAIN, [small_shop_folder, folder, one, 8, *stages, 0], tmp_path)
+    launch(2, TRAIN, [small_shop_folder, folder, two, 4, *stages, 0], tmp_path)
     texts = small_shop.queries.texts
     start, whole, *halves = (
         Encoder(path).encode_query(texts) for path in (folder, one / "model-0", two / "model-0", two / "model-1")
@@ -107,6 +120,25 @@ def test_T13_two_processes_are_one_with_the_whole_batch(
         assert a["reward/relevance/mean"] == pytest.approx(b["reward/relevance/mean"], abs=1e-6)
         assert a["item_encodings"] == b["item_encodings"]
     assert (one / "spent-0").read_text() == (two / "spent-0").read_text() == (two / "spent-1").read_text()
+
+
+def test_several_processes_share_the_moments_and_go_on_after_a_stop(small_shop_folder, tiny_bert, tmp_path):
+    """Each holds the optimiser's state of its part of the weights, and the owner writes that of all."""
+    stages = [json.dumps(STAGE1), json.dumps(STAGE2)]
+    through, halves = tmp_path / "through", tmp_path / "halves"
+    outputs = launch(2, TRAIN, [small_shop_folder, tiny_bert, through, 4, *stages, 0], tmp_path)
+    held, of = zip(
+        *(map(int, re.search(r"moments of (\d+) of (\d+)", output).groups()) for output in outputs), strict=True
+    )
+    assert sum(held) == of[0] == of[1]
+    assert min(held) > 0
+    launch(2, TRAIN, [small_shop_folder, tiny_bert, halves, 4, *stages, 4], tmp_path)
+    assert json.loads((halves / "checkpoints" / "retrieval_grpo" / "state.json").read_text())["step"] == 4
+    launch(2, TRAIN, [small_shop_folder, tiny_bert, halves, 4, *stages, 0], tmp_path)
+    for name in ("model-0", "model-1"):
+        expected, found = (load_file(run / name / "model.safetensors") for run in (through, halves))
+        for weight in expected:
+            assert torch.equal(expected[weight], found[weight]), weight
 
 
 JOB = """

@@ -546,7 +546,7 @@ def test_reward_columns_are_logged_before_the_gate(make, small_shop):
 
 def step_gradient(make, monkeypatch, **settings):
     """One step of plain gradient descent with rate 1: trainer, the gradient it took, and the encoder before it."""
-    monkeypatch.setattr(taoemb.trainer, "make_optimizer", lambda e, _: torch.optim.SGD(e.model.parameters(), lr=9))
+    monkeypatch.setattr(taoemb.distributed.World, "adamw", lambda _, weights, rate: torch.optim.SGD(weights, lr=rate))
     trainer = make(steps=1, learning_rate=1.0, warmup_ratio=0, max_grad_norm=1e9, **PLAIN, **settings)
     before = weights_of(trainer)
     start = trainer.encoder.copy()
