@@ -52,16 +52,19 @@ class EmbeddingModel(Protocol):
 class JudgeOutput:
     """Verdicts on ``N`` (query, item) pairs.
 
-    ``probs`` is ``[N, C]`` over the grades in rising order and sums to 1 in each row, ``score`` is the expected
-    relevance value ``sum_c v_c p_c`` in [0, 1]. A row of NaN in ``probs`` with a NaN ``score`` abstains.
+    ``probs`` is ``[N, C]`` over the labels of the judge's scheme, the worst first (the grades 0..3 where it names none), and sums
+    to 1 in each row; ``score`` is the relevance in [0, 1], ``sum_c v_c p_c`` unless the judge was told otherwise. A row of NaN in
+    ``probs`` with a NaN ``score`` abstains. ``label_mass`` ``[N]`` is the probability that a language model gave to the labels among
+    all that it could have written; None for judges that are none.
     """
 
     probs: FloatArray
     score: FloatArray
+    label_mass: FloatArray | None = None
 
     @property
     def grade(self) -> npt.NDArray[np.int64]:
-        """The most probable grade of each pair, ``[N]``; -1 where the judge abstains."""
+        """The most probable label of each pair, ``[N]``; -1 where the judge abstains."""
         abstained = np.isnan(self.score)
         return np.where(abstained, -1, np.nan_to_num(self.probs).argmax(axis=1))
 
