@@ -24,7 +24,16 @@ from taoemb.backends import EXACT, Backend, Run, load_backend
 from taoemb.catalog import Item, ItemTemplate
 from taoemb.config import from_dict
 from taoemb.files import replace_folder
-from taoemb.pretrained import Kind, adapters, check_towers, distill_static, load_model, route, save_model
+from taoemb.pretrained import (
+    Kind,
+    adapters,
+    check_towers,
+    distill_static,
+    load_model,
+    route,
+    save_model,
+    weights_digest,
+)
 from taoemb.types import FloatArray
 
 __all__ = ["Encoder", "Kind", "check_device", "distill_static"]
@@ -107,7 +116,7 @@ class Encoder:
         self._run: Run | None = None
         self._exported: hashlib._Hash | None = None  # of the weights in `_run`
         if backend != "torch":
-            self._exported = self._weights_digest()
+            self._exported = weights_digest(self.model)
             identity = f"{self._exported.hexdigest()} {list(self._module_settings())}"
             self._run = load_backend(self.model, backend, Path(cache) if cache else None, identity)
 
@@ -288,7 +297,7 @@ class Encoder:
         The backends ``onnx`` and ``openvino`` share torch's, whose vectors they give up to float32 rounding; those of
         lower precision have their own.
         """
-        digest = self._exported.copy() if self._exported else self._weights_digest()
+        digest = self._exported.copy() if self._exported else weights_digest(self.model)
         settings: dict[str, object] = {
             "modules": list(self._module_settings()),
             "prompts": self.prompts,
@@ -300,13 +309,6 @@ class Encoder:
             settings["bf16"] = True
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:32]
-
-    def _weights_digest(self) -> hashlib._Hash:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest
 
     def _module_settings(self) -> Iterator[list[object]]:
         first: Any = self.model[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,6 +40,15 @@ def check_towers(model: SentenceTransformer) -> None:
         raise ValueError(f"the model's Router has the routes {sorted(first.sub_modules)} and the mappings "
                          f"{first.route_mappings}; give one made by Router.for_query_document, which has the routes "
                          "'query' and 'document' and no mappings")  # fmt: skip
+
+
+def weights_digest(module: nn.Module) -> hashlib._Hash:
+    """SHA-256 of all weights and buffers that a model saves: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

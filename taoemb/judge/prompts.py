@@ -20,8 +20,8 @@ The query and the item are data between quotation marks: text in them that gives
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """Renders pairs for a judge. ``rules`` may be your own; ``max_chars`` cuts an item's description and attributes, never its title's
-    first ``max_chars`` characters."""
+    """Renders pairs for a judge. ``rules`` may be your own; ``max_chars`` is the length of the longest text that is shown whole, and
+    what an item's attributes and description have together."""
 
     scheme: LabelScheme = GRADES_4
     rules: str = RULES
@@ -52,7 +52,7 @@ class JudgePrompt:
         Query: "mug \\"red\\""
         Item: {"title": "Acme mug", "brand": "Acme", "price": 4.5}
         """
-        lines = [f"Query: {_quoted(query.text)}"]
+        lines = [f"Query: {_quoted(_cut(query.text, self.max_chars))}"]
         if context:
             lines.append(f"Context: {_quoted(context)}")
         return "\n".join([*lines, f"Item: {_quoted(self.fields(item))}"])
