@@ -97,8 +97,10 @@ class LabelScheme:
         """A judge's answer of probabilities ``[N, C]``; a row that holds NaN abstains. Rows are scaled to sum to 1."""
         probs = self._checked(probs_NC)
         probs = np.where(np.isnan(probs).any(1, keepdims=True), np.nan, probs)
-        probs = probs / np.where(np.isnan(probs).any(1), 1.0, probs.sum(1))[:, None]
-        return JudgeOutput(probs.astype(np.float32), self.score(probs, how), label_mass)
+        total = probs.sum(1)
+        probs = probs / np.where(np.abs(total - 1) > 1e-6, total, 1.0)[:, None]  # what was scaled once stays bit for bit
+        narrow = probs.astype(np.float32)
+        return JudgeOutput(narrow, self.score(narrow, how), label_mass)
 
     def labels(self, grades: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The labels of a catalog's grades 0..3, ``[N]``."""
