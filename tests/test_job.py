@@ -13,7 +13,8 @@ from taoemb.catalog import Catalog, Items, QuerySet
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
 from taoemb.index.runs import RunChannel, write_run
-from taoemb.job import JudgeConfig, TrainConfig, TrainJob
+from taoemb.job import TrainConfig, TrainJob
+from taoemb.judge.build import JudgeConfig
 from taoemb.rewards import RewardConfig
 from taoemb.trainer import RetrievalGRPOTrainer
 
@@ -219,8 +220,8 @@ def test_the_judge_that_auto_chooses(config, small_shop, tmp_path, train, test, 
     Catalog(small_shop.items, QuerySet(queries), grades, metadata=metadata).save(tmp_path / "shop")
     config = dataclasses.replace(config, data=str(tmp_path / "shop"), judge=JudgeConfig(calibration_share=0.6))
     job = TrainJob(config, tmp_path / "run")
-    assert job.judge_kind == kind
-    assert len(job.calibration_queries) == (18 if kind == "ensemble" else 0)
+    assert job.judging.kind == kind
+    assert len(job.judging.calibration_queries) == (18 if kind == "ensemble" else 0)
 
 
 def test_an_ensemble_without_enough_grades_says_what_is_missing(config, small_shop, tmp_path):

@@ -43,7 +43,7 @@ def plain(judge, pairs, contexts=None):
     logp = np.zeros((len(pairs), len(judge.scheme)))
     for n, (query, item) in enumerate(pairs):
         for c, answer in enumerate(judge.scheme.answers):
-            ids = judge._encode(query, item, contexts[n] if contexts else "", answer)
+            ids = judge.reads.encode(query, item, contexts[n] if contexts else "", answer)
             with torch.no_grad():
                 found = torch.log_softmax(judge.model(torch.tensor([ids])).logits[0].float(), -1)
             places = range(len(ids) - len(judge._answers[c]), len(ids))

@@ -1,9 +1,10 @@
-"""Relevance judges: they give (query, item) pairs a distribution over grades.
+"""Relevance judges: they give (query, item) pairs a distribution over ordered labels.
 
-A language model: `CausalJudge`. The cheap ones, which need none: `OracleJudge` (labels), `SoftLogicJudge` (rules over the catalog's own
-words), `BiEncoderJudge` (cosine of a frozen encoder), and what joins them, `MeanJudge` (no grades needed) and
-`EnsembleJudge` (calibrated on human grades). Around any of them: `CachedJudge` keeps its verdicts in a file, `calibrate` fits its
-probabilities to grades. Names are resolved on first use.
+Without a language model: `OracleJudge` (labels), `SoftLogicJudge` (rules over the catalog's own words, and yours: `Interventions`),
+`BiEncoderJudge` (cosine of a frozen encoder), `MeanJudge` (several, no grades needed), `EnsembleJudge` (several, calibrated on human
+grades), `CrossEncoderJudge`. With one: `CausalJudge` (transformers, LoRA, GGUF), `OpenAIJudge` (any OpenAI-compatible server),
+`CascadeJudge` (a cheap judge first). Around any of them: `CachedJudge` keeps the verdicts in a file, `calibrate` fits the probabilities
+to grades, `evaluate_judge` measures them. Names are resolved on first use.
 """
 
 from importlib import import_module
@@ -13,34 +14,60 @@ if TYPE_CHECKING:
     from taoemb.judge.bi_encoder import BiEncoderJudge
     from taoemb.judge.cache import CachedJudge
     from taoemb.judge.calibration import CalibratedJudge, calibrate
+    from taoemb.judge.cascade import CascadeJudge
     from taoemb.judge.causal import CausalJudge
+    from taoemb.judge.cross_encoder import CrossEncoderJudge
     from taoemb.judge.ensemble import EnsembleJudge, MeanJudge
+    from taoemb.judge.evaluation import evaluate_judge
     from taoemb.judge.features import PairFeatures
+    from taoemb.judge.interventions import Interventions
     from taoemb.judge.lexicon import Lexicon
+    from taoemb.judge.openai_server import OpenAIJudge
     from taoemb.judge.oracle import OracleJudge
     from taoemb.judge.prompts import JudgePrompt
     from taoemb.judge.schemes import LabelScheme
     from taoemb.judge.soft_logic import SoftLogicJudge
 
 __all__ = [
-    "BiEncoderJudge", "CachedJudge", "CalibratedJudge", "CausalJudge", "EnsembleJudge", "JudgePrompt", "LabelScheme", "Lexicon",
-    "MeanJudge", "OracleJudge", "PairFeatures", "SoftLogicJudge", "calibrate",
-]  # fmt: skip
+    "BiEncoderJudge",
+    "CachedJudge",
+    "CalibratedJudge",
+    "CascadeJudge",
+    "CausalJudge",
+    "CrossEncoderJudge",
+    "EnsembleJudge",
+    "Interventions",
+    "JudgePrompt",
+    "LabelScheme",
+    "Lexicon",
+    "MeanJudge",
+    "OpenAIJudge",
+    "OracleJudge",
+    "PairFeatures",
+    "SoftLogicJudge",
+    "calibrate",
+    "evaluate_judge",
+]
 
 _OWNERS = {
     "BiEncoderJudge": "bi_encoder",
     "CachedJudge": "cache",
     "CalibratedJudge": "calibration",
+    "CascadeJudge": "cascade",
     "CausalJudge": "causal",
+    "CrossEncoderJudge": "cross_encoder",
     "EnsembleJudge": "ensemble",
+    "Interventions": "interventions",
     "JudgePrompt": "prompts",
     "LabelScheme": "schemes",
     "Lexicon": "lexicon",
     "MeanJudge": "ensemble",
+    "OpenAIJudge": "openai_server",
     "OracleJudge": "oracle",
     "PairFeatures": "features",
     "SoftLogicJudge": "soft_logic",
     "calibrate": "calibration",
+    "evaluate_judge": "evaluation",
 }
 
 if not TYPE_CHECKING:  # hidden from type checkers, so that a misspelled name is an error there

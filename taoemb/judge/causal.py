@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from taoemb.catalog import Item, Query
-from taoemb.judge.prompts import JudgePrompt
+from taoemb.judge.prompts import JudgePrompt, ModelPrompt
 from taoemb.judge.schemes import LabelScheme, ScoreFn
 from taoemb.pretrained import weights_digest
 from taoemb.types import FloatArray, JudgeOutput
@@ -50,7 +48,7 @@ class CausalJudge:
     Args:
         model: folder or hub id of a causal language model or of a LoRA adapter of one (needs peft), a GGUF file (needs gguf), or
             a loaded model, then with its ``tokenizer``.
-        prompt: what it reads; with a chat template as a chat, else as plain text.
+        prompt: what it reads, with a chat template as a chat, else as plain text; by default the one that it was trained with.
         score_fn: how the score is read off the probabilities (`LabelScheme.score`).
         batch_size: pairs in a forward pass, at most.
         device: torch device; by default cuda where there is one.
@@ -67,7 +65,9 @@ class CausalJudge:
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
-        self.name, self.prompt, self.score_fn, self.batch_size = name, prompt or JudgePrompt(), score_fn, batch_size
+        self.name, self.score_fn, self.batch_size = name, score_fn, batch_size
+        saved = JudgePrompt.load(model) if isinstance(model, str | Path) else None
+        self.prompt = prompt or saved or JudgePrompt()
         self.scheme.score(np.eye(len(self.scheme)), score_fn)  # a mistyped one must not come out after an hour
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
@@ -77,7 +77,7 @@ class CausalJudge:
             self.model, self.tokenizer = load_causal(model, device, dtype)
         self.model.train(False)
         self.device: torch.device = self.model.device
-        self._special = _special_tokens(self.tokenizer)
+        self.reads = ModelPrompt(self.prompt, self.tokenizer)
         self._answers, self._lead = self._resolve_answers()
         self._head = _common_start([self._ids(query, item, "") for query, item in _SAMPLES])
         self._head_cache: DynamicCache | None = None
@@ -137,29 +137,13 @@ class CausalJudge:
 
     def _ids(self, query: Query, item: Item, context: str) -> list[int]:
         """The tokens of a pair, up to where the answer begins."""
-        return self._encode(query, item, context, self.scheme.answers[0])[: -len(self._answers[0])]
-
-    def _encode(self, query: Query, item: Item, context: str, answer: str) -> list[int]:
-        """The tokens of a pair and an answer. Text of a shop must not speak with the tokenizer's control tokens."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            text = self._special.sub(" ", self.prompt.text(query, item, context))
-            return list(self.tokenizer(f"{text} {answer}")["input_ids"])
-        system, user = self.prompt.messages(query, item, context)
-        user["content"] = self._special.sub(" ", user["content"])
-        try:
-            text = self._chat([system, user])
-        except TemplateError:  # models that know no system role, such as Gemma
-            text = self._chat([{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}])
-        return list(self.tokenizer(text + answer, add_special_tokens=False)["input_ids"])
-
-    def _chat(self, messages: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return self.reads.encode(query, item, context, self.scheme.answers[0])[: -len(self._answers[0])]
 
     def _resolve_answers(self) -> tuple[list[list[int]], bool]:
         """The tokens of each answer in its place, and whether the first of each tells them apart."""
         found = []
         for query, item in _SAMPLES:
-            whole = [self._encode(query, item, "", answer) for answer in self.scheme.answers]
+            whole = [self.reads.encode(query, item, "", answer) for answer in self.scheme.answers]
             start = len(_common_start(whole))
             found.append([ids[start:] for ids in whole])
         answers = found[0]
@@ -289,12 +273,6 @@ def load_causal(model: str | Path, device: str | None = None, dtype: str | None 
             raise ValueError(f"{str(model)!r} is no causal language model: {error}") from error
         raise FileNotFoundError(f"{str(model)!r} is neither there nor a model that the hub gave: {error}") from error
     return loaded.to(target), tokenizer
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
-    texts = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
 def _common_start(rows: Sequence[list[int]]) -> list[int]:

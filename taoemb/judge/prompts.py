@@ -6,11 +6,23 @@ forward pass. All wording is ours.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
 
 from taoemb.catalog import Item, Query
+from taoemb.config import from_dict
+from taoemb.files import read_json, write_json
 from taoemb.judge.schemes import GRADES_4, LabelScheme
+
+PROMPT_FILE = "taoemb_judge.json"
+"""Beside the weights of a trained judge: the prompt that it was trained with."""
 
 RULES = """You judge search results of a shop. Say how well an item serves a query.
 Compare what kind of product the query asks for with what the item is; then compare every condition of the query (brand, \
@@ -86,6 +98,60 @@ class JudgePrompt:
     def text(self, query: Query, item: Item, context: str = "") -> str:
         """The pair for a model without a chat template."""
         return f"{self.system()}\n\n{self.user(query, item, context)}\nAnswer:"
+
+    def save(self, folder: str | Path) -> None:
+        """Write it beside a model's weights."""
+        write_json(Path(folder) / PROMPT_FILE, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> JudgePrompt | None:
+        """The prompt beside a model's weights; None where there is none. Raises ValueError when it cannot be read."""
+        file = Path(folder) / PROMPT_FILE
+        return from_dict(cls, read_json(file)) if file.is_file() else None
+
+
+class ModelPrompt:
+    """A prompt as one model reads it: a chat where its tokenizer has a chat template, else plain text. Text of a shop is kept from
+    speaking with the tokenizer's control tokens."""
+
+    def __init__(self, prompt: JudgePrompt, tokenizer: Any) -> None:
+        self.prompt, self.tokenizer = prompt, tokenizer
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+        control = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        self._knows_system = self.chat and self._system_role()
+
+    def render(self, query: Query, item: Item, context: str = "") -> list[dict[str, str]] | str:
+        """Messages, or the text."""
+        if not self.chat:
+            return self._control.sub(" ", self.prompt.text(query, item, context))
+        system, user = self.prompt.messages(query, item, context)
+        user["content"] = self._control.sub(" ", user["content"])
+        if self._knows_system:
+            return [system, user]
+        return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
+
+    def answer(self, completion: str) -> list[dict[str, str]] | str:
+        """What the model is to write, in the form that goes with `render`."""
+        return [{"role": "assistant", "content": completion}] if self.chat else f" {completion}"
+
+    def encode(self, query: Query, item: Item, context: str = "", answer: str = "") -> list[int]:
+        """The tokens of a pair, and of the beginning of an answer where one is given."""
+        rendered = self.render(query, item, context)
+        if isinstance(rendered, str):
+            return list(self.tokenizer(f"{rendered} {answer}" if answer else rendered)["input_ids"])
+        return list(self.tokenizer(self._template(rendered) + answer, add_special_tokens=False)["input_ids"])
+
+    def _template(self, messages: Sequence[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _system_role(self) -> bool:
+        """Whether the chat template takes a system message; that of Gemma, for one, does not."""
+        try:
+            return "a\tz" in self._template([{"role": "system", "content": "a\tz"}, {"role": "user", "content": "u"}])
+        except TemplateError:
+            return False
 
 
 def _quoted(value: object) -> str:

@@ -98,7 +98,9 @@ class LabelScheme:
         probs = self._checked(probs_NC)
         probs = np.where(np.isnan(probs).any(1, keepdims=True), np.nan, probs)
         total = probs.sum(1)
-        probs = probs / np.where(np.abs(total - 1) > 1e-6, total, 1.0)[:, None]  # what was scaled once stays bit for bit
+        probs = (
+            probs / np.where(np.abs(total - 1) > 1e-6, total, 1.0)[:, None]
+        )  # what was scaled once stays bit for bit
         narrow = probs.astype(np.float32)
         return JudgeOutput(narrow, self.score(narrow, how), label_mass)
 

@@ -1,0 +1,147 @@
+"""What a judge in training writes: samples of its completions, and the preferences and prompts that follow from them (TaoSR1,
+arXiv 2508.12365: pass@N sampling, self-correction, oracle guidance, difficulty)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from taoemb.files import read_json, write_json
+from taoemb.judge.examples import Example, Style, parse_label
+from taoemb.judge.prompts import ModelPrompt
+from taoemb.judge.verdicts import fingerprint
+
+_BATCH = 16  # prompts sampled together; our choice
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """``n`` completions of each of ``N`` examples, and their labels, ``-1`` where they state none: ``[N, n]``."""
+
+    texts: list[list[str]]
+    labels: np.ndarray
+
+    def correct(self, labels: Sequence[int]) -> np.ndarray:
+        """Which state the right label, bool ``[N, n]``; input of `taoemb.judge.chains.pass_at_k`."""
+        return np.asarray(self.labels == np.asarray(labels)[:, None])
+
+
+def sample_completions(
+    model: Any, reads: ModelPrompt, examples: Sequence[Example], n: int, file: Path, *, style: Style, temperature: float = 1.0,
+    max_new_tokens: int = 128, seed: int = 0, progress: str = "",
+) -> Sampled:  # fmt: skip
+    """``n`` completions of each example, drawn at ``temperature`` (0: the most probable one, greedily), kept in ``file``: a call after a
+    kill goes on behind the last batch, and draws what the uninterrupted one would have drawn.
+
+    Raises ValueError when ``file`` holds samples of other examples.
+    """
+    digest = _digest(examples, n, style, temperature, max_new_tokens, seed)
+    texts = _read(file, digest, len(examples))
+    tokenizer, scheme = reads.tokenizer, reads.prompt.scheme
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    drawn: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "num_return_sequences": n,
+    }
+    if temperature == 0:
+        drawn = {"do_sample": False, "num_return_sequences": 1}
+    model.train(False)
+    with tqdm(
+        total=len(examples), initial=len(texts), desc=progress, disable=None if progress else True, leave=False
+    ) as bar:
+        while len(texts) < len(examples):
+            batch = examples[len(texts) : len(texts) + _BATCH]
+            rows = [reads.encode(e.query, e.item) for e in batch]
+            longest = max(map(len, rows))
+            ids = torch.full((len(rows), longest), pad)
+            mask = torch.zeros_like(ids)
+            for i, row in enumerate(rows):
+                ids[i, longest - len(row) :] = torch.tensor(row)
+                mask[i, longest - len(row) :] = 1
+            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+                torch.manual_seed(int(np.random.SeedSequence([seed, len(texts)]).generate_state(1)[0]))
+                written = model.generate(
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
+                    pad_token_id=pad, **drawn,
+                )  # fmt: skip
+            found = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+            width = len(found) // len(batch)
+            texts += [[text.strip() for text in found[i : i + width]] for i in range(0, len(found), width)]
+            with file.open("ab") as stream:
+                stream.write(
+                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts[-len(batch) :]).encode()
+                )
+            bar.update(len(batch))
+    stated = [[parse_label(text, style, scheme) for text in row] for row in texts]
+    return Sampled(
+        texts, np.array([[-1 if label is None else label for label in row] for row in stated], dtype=np.int64)
+    )
+
+
+def preference_pairs(
+    examples: Sequence[Example], sampled: Sampled, labels: Sequence[int], teacher: Callable[[Example], str | None]
+) -> list[tuple[int, str, str]]:
+    """(example, chosen, rejected): chosen is a right sample of its own where it has one (self-correction), else the teacher's completion
+    (oracle guidance), rejected a wrong one of its own; an example without a wrong sample, or with no right one and no teacher,
+    gives none. Of wrong samples the one that rates highest above the truth is rejected (LREF), of right ones the shortest
+    text is chosen (our choice)."""
+    pairs = []
+    for i, (example, texts, stated, label) in enumerate(
+        zip(examples, sampled.texts, sampled.labels.tolist(), labels, strict=True)
+    ):
+        right = [text for text, said in zip(texts, stated, strict=True) if said == label]
+        wrong = [(said, text) for text, said in zip(texts, stated, strict=True) if said != label]
+        chosen = min(right, key=lambda text: (len(text), text)) if right else teacher(example)
+        if wrong and chosen is not None:
+            pairs.append((i, chosen, max(wrong)[1]))
+    return pairs
+
+
+def difficult(
+    correct: np.ndarray, labels: Sequence[int], limit: float = 1.0, balance: bool = True, seed: int = 0
+) -> list[int]:
+    """Positions of the examples with ``0 < #correct < limit * n``: the others' groups have equal rewards and teach nothing (TaoSR1: the
+    best limit drops the all-right and all-wrong alone). With ``balance`` every label that is left has as many as the rarest (TaoSR1:
+    a coefficient of variation of 0), drawn at random. In rising order."""
+    right = correct.sum(1)
+    kept = np.flatnonzero((right > 0) & (right < limit * correct.shape[1]))
+    if balance and len(kept):
+        of_label = np.asarray(labels)[kept]
+        count = min((of_label == label).sum() for label in np.unique(of_label))
+        rng = np.random.default_rng([seed, 9])
+        kept = np.concatenate(
+            [rng.choice(kept[of_label == label], count, replace=False) for label in np.unique(of_label)]
+        )
+    return sorted(kept.tolist())
+
+
+def _digest(examples: Sequence[Example], *settings: object) -> str:
+    return fingerprint([(e.query.text, e.item.id, e.item.title, e.grade) for e in examples], *settings)
+
+
+def _read(file: Path, digest: str, total: int) -> list[list[str]]:
+    """The samples so far, of whole batches alone: a kill may have cut the last one."""
+    head = file.with_suffix(".json")
+    if not head.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+        write_json(head, {"digest": digest})
+    if read_json(head).get("digest") != digest:
+        raise ValueError(
+            f"{file} holds samples of other examples or settings; delete it with {head.name} to draw new ones"
+        )
+    lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    whole = len(lines) if len(lines) == total else len(lines) // _BATCH * _BATCH
+    with file.open("r+b") as stream:
+        stream.truncate(sum(map(len, lines[:whole])))
+    return [json.loads(line) for line in lines[:whole]]

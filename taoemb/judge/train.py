@@ -1,0 +1,442 @@
+"""Training of a language-model judge, stage by stage, on TRL's trainers: supervised fine-tuning, preferences, group-relative policy
+optimisation (TaoSR1, arXiv 2508.12365).
+
+A run folder holds a folder for each stage with the model that it ended with; the same call after a kill skips finished stages and
+goes on from the last checkpoint of the other. Marks of the settings: [paper] TaoSR1 publishes it, [ours] we chose it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from taoemb.config import diff, load_config, save_config
+from taoemb.contrastive import check_positive
+from taoemb.files import read_json, replace_folder, write_json
+from taoemb.judge.causal import CausalJudge, load_causal
+from taoemb.judge.chains import pass_at_k
+from taoemb.judge.examples import Example, Style, parse_label, shop_examples
+from taoemb.judge.prompts import RULES, JudgePrompt, ModelPrompt
+from taoemb.judge.sampling import Sampled, difficult, preference_pairs, sample_completions
+from taoemb.judge.schemes import get_scheme
+from taoemb.shop import Shop
+
+Stage = Literal["sft", "dpo", "kto", "grpo"]
+TRL = ("1.16", "1.17")
+"""The versions of TRL whose interfaces this module knows, from and below."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Stage ``sft``: completions with correct reasons."""
+
+    steps: int = 500
+    """Optimiser steps [ours]."""
+    batch_size: int = 16
+    """Examples a step [ours]."""
+    learning_rate: float = 2e-5
+    """Peak learning rate [ours]; 10 times as much with LoRA."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Stages ``dpo`` and ``kto``: its own right against its own wrong completions, the teacher's where all are wrong [paper]."""
+
+    prompts: int = 1000
+    """Examples that are sampled for pairs [ours]."""
+    samples: int = 5
+    """Completions of each: pass@5 [paper]."""
+    temperature: float = 1.0
+    """Of the sampling [ours]."""
+    steps: int = 200
+    """Optimiser steps [ours]."""
+    batch_size: int = 8
+    """Pairs a step [ours]."""
+    learning_rate: float = 5e-6
+    """Peak learning rate [ours]."""
+    beta: float = 0.1
+    """Of DPO and KTO [ours]."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Stage ``grpo``: the reward of a completion is 1 for the right label in a readable completion, else 0 [paper]."""
+
+    prompts: int = 1000
+    """Examples whose difficulty is measured [ours]."""
+    num_generations: int = 8
+    """Completions in a group, and of the difficulty [ours]."""
+    difficulty: float = 1.0
+    """Prompts with more than 0 and less than this share of right completions are kept; 1 drops the all-right and all-wrong alone [paper:
+    the best]."""
+    balance: bool = True
+    """As many prompts of every label: a coefficient of variation of 0 [paper: the best]."""
+    temperature: float = 1.0
+    """Of the sampling [ours]."""
+    steps: int = 200
+    """Optimiser steps [ours]."""
+    batch_size: int = 4
+    """Prompts a step [ours]."""
+    learning_rate: float = 1e-6
+    """Peak learning rate [ours]."""
+    beta: float = 0.02
+    """Weight of the KL to the stage's start [ours]."""
+
+
+@dataclass(frozen=True)
+class JudgeTrainConfig:
+    """Everything that ``taoemb judge train`` can be told."""
+
+    model: str = ""
+    """Start model: a folder or hub id of a causal language model, or a GGUF file."""
+    data: str = ""
+    """Folder of a generated shop, whose rules write the correct reasons."""
+    stages: tuple[Stage, ...] = ("sft", "dpo", "grpo")
+    """In this order."""
+    style: Style = "post"
+    """``post``: label, then reasons, so that a grade takes one forward pass [paper: how it is served]; ``pre``: reasons first;
+    ``label``: no reasons."""
+    scheme: str = "taobao4"
+    """Labels."""
+    rules: str = RULES
+    """What the judge is told before the labels."""
+    examples: int = 4000
+    """Graded pairs of training queries for ``sft`` [ours]."""
+    balance: bool = True
+    """As many of each grade."""
+    max_new_tokens: int = 128
+    """Longest completion."""
+    max_chars: int = 400
+    """Longest text of an item that is shown."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, merged after each stage; 0 trains all weights."""
+    gradient_checkpointing: bool = False
+    """Less memory for a third more time."""
+    save_steps: int = 100
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of every random choice."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """Supervised fine-tuning."""
+    dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Preferences, of ``dpo`` or ``kto``."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """Group-relative policy optimisation."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "examples", "max_new_tokens", "max_chars", "save_steps")
+        get_scheme(self.scheme)
+        if not self.stages or len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages={list(self.stages)}: give some of {', '.join(get_args(Stage))}, each once")
+        for part in (self.sft, self.dpo, self.grpo):
+            check_positive(part, "steps", "batch_size", "learning_rate")
+        if min(self.dpo.samples, self.grpo.num_generations) < 2:
+            raise ValueError(f"dpo.samples={self.dpo.samples}, grpo.num_generations={self.grpo.num_generations}: completions are compared, "
+                             "give 2 or more")  # fmt: skip
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank}: give a rank such as 16, or 0 to train all weights")
+
+
+class JudgeTrainer:
+    """One run folder. ``run()`` trains the stages that are missing and returns the folder of the last one's model, which
+    `CausalJudge` loads.
+
+    Args:
+        config: everything else.
+        run_dir: the run folder.
+        examples: your own labelled pairs, in the place of the generated shop's. Those without reasons teach the label alone.
+        teacher: a completion for an example on which the judge was always wrong, None where it has none; by default the example's
+            own reasons.
+
+    Raises ValueError when the folder was begun with other settings, ImportError when TRL is missing or of another version.
+    """
+
+    def __init__(
+        self, config: JudgeTrainConfig, run_dir: str | Path, *, examples: Sequence[Example] | None = None,
+        teacher: Callable[[Example], str | None] | None = None, say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        check_trl()
+        if not config.model or not (config.data or examples):
+            raise ValueError("give the start model with model= and a generated shop with data=, or your own examples")
+        self.config, self.run_dir, self.say = config, Path(run_dir), say
+        self.scheme = get_scheme(config.scheme)
+        self._given, self._teacher = examples, teacher
+        self._claim()
+
+    def _claim(self) -> None:
+        file = self.run_dir / "config.yaml"
+        if file.exists():
+            changed = diff(load_config(JudgeTrainConfig, file), self.config)
+            if changed:
+                raise ValueError(f"{self.run_dir} was started with other settings ({', '.join(changed)} differ); repeat them to go on, or "
+                                 "give another folder")  # fmt: skip
+            return
+        if self.run_dir.exists() and any(self.run_dir.iterdir()):
+            raise ValueError(f"{self.run_dir} is not empty and no run folder (no config.yaml); give another folder")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, file)
+
+    def run(self) -> Path:
+        """Train what is missing."""
+        start: str | Path = self.config.model
+        for stage in self.config.stages:
+            folder = self.run_dir / stage
+            if (folder / "model").exists():
+                self.say(f"{stage}: {folder / 'model'} is there")
+            else:
+                folder.mkdir(exist_ok=True)
+                {"sft": self._sft, "dpo": self._preferences, "kto": self._preferences, "grpo": self._grpo}[stage](
+                    stage, start
+                )
+            start = folder / "model"
+        return Path(start)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """Of ``sft``."""
+        if self._given is not None:
+            return list(self._given)
+        return shop_examples(self._shop, self.config.examples, self.config.seed, balance=self.config.balance)
+
+    @cached_property
+    def _shop(self) -> Shop:
+        return Shop.load(self.config.data)
+
+    def _fresh(self, count: int, seed: int) -> list[Example]:
+        """Examples for sampling, other ones than those of ``sft`` where the shop writes them."""
+        if self._given is not None:
+            order = np.random.default_rng([self.config.seed, seed]).permutation(len(self._given))[:count]
+            return [self._given[i] for i in order]
+        return shop_examples(self._shop, count, self.config.seed + seed, balance=self.config.balance)
+
+    def labels(self, examples: Sequence[Example]) -> list[int]:
+        """Of the scheme."""
+        return [int(label) for label in self.scheme.labels([e.grade for e in examples])]
+
+    # -- stages -----------------------------------------------------------------------------------------------------------
+
+    def _sft(self, stage: str, start: str | Path) -> None:
+        import trl
+
+        model, reads = self._load(start)
+        rows = [
+            {"prompt": reads.render(e.query, e.item), "completion": reads.answer(self._completion(e))}
+            for e in self.examples
+        ]
+        settings = self.config.sft
+        self.say(f"{stage}: {len(rows)} examples, {settings.steps} steps of {settings.batch_size}")
+        arguments = trl.SFTConfig(**self._arguments(stage, settings), max_length=None, completion_only_loss=True)
+        trainer = trl.SFTTrainer(
+            model, arguments, train_dataset=_dataset(rows), processing_class=reads.tokenizer, peft_config=self._lora()
+        )
+        self._fit(stage, trainer, reads)
+
+    def _preferences(self, stage: str, start: str | Path) -> None:
+        import trl
+
+        model, reads = self._load(start)
+        settings = self.config.dpo
+        examples = self._fresh(settings.prompts, 101)
+        labels = self.labels(examples)
+        sampled = self._sample(stage, model, reads, examples, settings.samples, settings.temperature)
+        self._note(stage, sampled, labels)
+        if stage == "kto":
+            rows = [
+                {"prompt": reads.render(e.query, e.item), "completion": reads.answer(text), "label": said == label}
+                for e, texts, stated, label in zip(
+                    examples, sampled.texts, sampled.labels.tolist(), labels, strict=True
+                )
+                for text, said in zip(texts, stated, strict=True)
+            ]
+            few = min(sum(row["label"] for row in rows), sum(not row["label"] for row in rows))
+        else:
+            teacher = self._teacher or (
+                lambda e: self._completion(e) if e.reasons or self.config.style == "label" else None
+            )
+            pairs = preference_pairs(examples, sampled, labels, teacher)
+            rows = [
+                {
+                    "prompt": reads.render(examples[i].query, examples[i].item),
+                    "chosen": reads.answer(a),
+                    "rejected": reads.answer(b),
+                }
+                for i, a, b in pairs
+            ]
+            few = len(rows)
+        if not few:
+            raise ValueError(f"{stage}: of {len(examples)} prompts none has a right and a wrong completion; raise dpo.prompts or "
+                             "dpo.temperature, or leave the stage out")  # fmt: skip
+        self.say(
+            f"{stage}: {len(rows)} rows from {len(examples)} prompts, {settings.steps} steps of {settings.batch_size}"
+        )
+        base = {**self._arguments(stage, settings), "beta": settings.beta, "max_length": None}
+        made: Any = trl.KTOTrainer if stage == "kto" else trl.DPOTrainer
+        arguments = trl.KTOConfig(**base) if stage == "kto" else trl.DPOConfig(**base)
+        trainer = made(
+            model,
+            args=arguments,
+            train_dataset=_dataset(rows),
+            processing_class=reads.tokenizer,
+            peft_config=self._lora(),
+        )
+        self._fit(stage, trainer, reads)
+
+    def _grpo(self, stage: str, start: str | Path) -> None:
+        import trl
+
+        model, reads = self._load(start)
+        settings = self.config.grpo
+        examples = self._fresh(settings.prompts, 202)
+        labels = self.labels(examples)
+        sampled = self._sample(stage, model, reads, examples, settings.num_generations, settings.temperature)
+        self._note(stage, sampled, labels)
+        kept = difficult(sampled.correct(labels), labels, settings.difficulty, settings.balance, self.config.seed)
+        if not kept:
+            raise ValueError(f"grpo: of {len(examples)} prompts none has right and wrong completions of every label; raise grpo.prompts or "
+                             "grpo.temperature, set grpo.balance=false, or leave the stage out")  # fmt: skip
+        rows = [{"prompt": reads.render(examples[i].query, examples[i].item), "answer": labels[i]} for i in kept]
+        self.say(
+            f"{stage}: {len(rows)} of {len(examples)} prompts, {settings.steps} steps of {settings.batch_size} groups"
+        )
+        base = self._arguments(stage, settings) | {
+            "per_device_train_batch_size": settings.batch_size * settings.num_generations
+        }
+        arguments = trl.GRPOConfig(
+            **base, num_generations=settings.num_generations, max_completion_length=self.config.max_new_tokens,
+            temperature=settings.temperature, beta=settings.beta, top_k=0,
+        )  # fmt: skip
+        trainer = trl.GRPOTrainer(
+            model, self._reward(), args=arguments, train_dataset=_dataset(rows), processing_class=reads.tokenizer,
+            peft_config=self._lora(),
+        )  # fmt: skip
+        self._fit(stage, trainer, reads)
+
+    # -- what the stages share --------------------------------------------------------------------------------------------
+
+    def _load(self, start: str | Path) -> tuple[Any, ModelPrompt]:
+        model, tokenizer = load_causal(start, dtype="float32")
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return model, ModelPrompt(JudgePrompt(self.scheme, self.config.rules, self.config.max_chars), tokenizer)
+
+    def _completion(self, example: Example) -> str:
+        return example.completion(self.config.style, self.scheme)
+
+    def _reward(self) -> Callable[..., list[float]]:
+        style, scheme = self.config.style, self.scheme
+
+        def right_label(completions: list[Any], answer: list[int], **_: Any) -> list[float]:
+            texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+            return [float(parse_label(text, style, scheme) == label) for text, label in zip(texts, answer, strict=True)]
+
+        return right_label
+
+    def _sample(
+        self, stage: str, model: Any, reads: ModelPrompt, examples: Sequence[Example], n: int, temperature: float
+    ) -> Sampled:
+        return sample_completions(
+            model, reads, examples, n, self.run_dir / stage / "samples.jsonl", style=self.config.style, temperature=temperature,
+            max_new_tokens=self.config.max_new_tokens, seed=self.config.seed, progress=f"{stage}: sampling",
+        )  # fmt: skip
+
+    def _note(self, stage: str, sampled: Sampled, labels: Sequence[int]) -> None:
+        """pass@k of the stage's start, in its folder."""
+        correct = sampled.correct(labels)
+        found = {f"pass@{k}": pass_at_k(correct, k) for k in range(1, correct.shape[1] + 1)}
+        write_json(
+            self.run_dir / stage / "samples_summary.json",
+            {**found, "format_failure": float((sampled.labels < 0).mean())},
+        )
+        self.say(f"{stage}: before it " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+
+    def _arguments(self, stage: str, settings: SFTConfig | PreferenceConfig | GRPOConfig) -> dict[str, Any]:
+        cuda = torch.cuda.is_available()
+        return {
+            "output_dir": str(self.run_dir / stage / "checkpoints"), "max_steps": settings.steps,
+            "per_device_train_batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": "linear", "warmup_steps": max(1, settings.steps // 20), "seed": self.config.seed,
+            "bf16": cuda and torch.cuda.is_bf16_supported(), "use_cpu": not cuda,
+            "gradient_checkpointing": self.config.gradient_checkpointing, "save_steps": self.config.save_steps,
+            "save_total_limit": 2, "logging_steps": 10, "report_to": "none", "disable_tqdm": True,
+            "dataloader_pin_memory": cuda,
+        }  # fmt: skip
+
+    def _lora(self) -> Any:
+        if not self.config.lora_rank:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.config.lora_rank,
+            lora_alpha=2 * self.config.lora_rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+
+    def _fit(self, stage: str, trainer: Any, reads: ModelPrompt) -> None:
+        """Train from the last whole checkpoint on, and write the model; the folder appears complete or not at all."""
+        folder = self.run_dir / stage
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder / "checkpoints"))
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        if losses and not np.isfinite(losses).all():
+            raise FloatingPointError(f"{stage}: the loss became {losses[-1]}; lower {stage}.learning_rate")
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self.config.lora_rank:
+            model = model.merge_and_unload()
+        with replace_folder(folder / "model", "config.json") as beside:
+            model.save_pretrained(beside)
+            reads.tokenizer.save_pretrained(beside)
+            reads.prompt.save(beside)
+        write_json(folder / "log.json", trainer.state.log_history)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        del trainer, model
+        gc.collect()  # the next stage loads the model anew
+
+    def judge(self, stage: Stage | None = None) -> CausalJudge:
+        """The judge that a stage ended with, by default the last one."""
+        return CausalJudge(self.run_dir / (stage or self.config.stages[-1]) / "model")
+
+
+def check_trl() -> None:
+    """Raise ImportError when TRL is missing or of a version whose interfaces this module does not know."""
+    wanted = f'taoemb judge train needs trl>={TRL[0]},<{TRL[1]}; install with: pip install "taoemb[judge]"'
+    try:
+        version = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(wanted) from None
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    low, high = (tuple(map(int, limit.split("."))) for limit in TRL)
+    if not low <= numbers < high:
+        raise ImportError(f"{wanted} (found {version})")
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; transformers writes ``trainer_state.json`` last, so one without it was cut by a kill."""
+    found = (
+        sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        if folder.exists()
+        else []
+    )
+    for path in found:
+        try:
+            read_json(path / "trainer_state.json")
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    whole = [path for path in found if path.exists()]
+    return str(whole[-1]) if whole else None
