@@ -72,7 +72,7 @@ class RunChannel(RankedChannel):
         path = Path(path)
         texts = {query.id: query.text for query in queries}
         tops: dict[str, list[str]] = {}
-        for query_id, top in _read_run(path, texts, items).items():
+        for query_id, top in read_run(path, texts, items).items():
             if tops.setdefault(texts[query_id], top) != top:
                 raise ValueError(f"{path}: query {query_id!r} has the text {texts[query_id]!r} of another query and other "
                                  "results; a channel is asked by text, so give one of them")  # fmt: skip
@@ -119,7 +119,7 @@ class _RunLine(NamedTuple):
     score: float
 
 
-def _read_run(path: Path, queries: Iterable[str], items: Iterable[str]) -> dict[str, list[str]]:
+def read_run(path: Path, queries: Iterable[str], items: Iterable[str]) -> dict[str, list[str]]:
     """query id -> item ids, best first, of what is known of a run file; raises as ``RunChannel.load`` says."""
     known_queries = {query.encode(): query for query in queries}
     known_items = {item.encode(): item for item in items if item != _NO_ITEM}

@@ -11,17 +11,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from taoemb.encoder import Encoder
 from taoemb.files import checksum, read_json, recover_folder, replace_folder, write_json
 
 FORMAT = 1
+
+
+class Trained(Protocol):
+    """An encoder, or anything else with a model in it that is trained."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Its weights."""
 
 
 class CheckpointError(ValueError):
@@ -41,7 +48,7 @@ def save_checkpoint(
     folder: Path,
     *,
     step: int,
-    encoder: Encoder,
+    encoder: Trained,
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     extra: Mapping[str, Any],
@@ -50,7 +57,7 @@ def save_checkpoint(
     """Replace the checkpoint in ``folder``; a kill at any moment leaves the old one or the new one.
 
     ``identity`` is JSON that a resuming run must repeat exactly (configuration, start model, catalog); ``extra`` is any
-    further JSON state. The start model must be named by its `Encoder.fingerprint`, as frozen weights are not saved.
+    further JSON state. The start model must be named by its ``fingerprint``, as frozen weights are not saved.
     """
     with replace_folder(folder, "state.json") as beside:
         save_weights(encoder, beside / "weights.safetensors")
@@ -66,7 +73,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, *, encoder: Encoder, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+    folder: Path, *, encoder: Trained, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
 ) -> Checkpoint | None:
     """Restore weights, optimiser and random state in place; None when there is no checkpoint yet.
 
@@ -98,7 +105,7 @@ def load_checkpoint(
     return Checkpoint(state["step"], state["extra"], arrays)
 
 
-def save_weights(encoder: Encoder, file: Path) -> None:
+def save_weights(encoder: Trained, file: Path) -> None:
     """Write the weights that training changes; `load_weights` puts them back into an encoder prepared alike."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.tmp")
@@ -106,7 +113,7 @@ def save_weights(encoder: Encoder, file: Path) -> None:
     beside.replace(file)
 
 
-def load_weights(encoder: Encoder, file: Path) -> None:
+def load_weights(encoder: Trained, file: Path) -> None:
     """Restore in place what `save_weights` wrote.
 
     Raises CheckpointError when the encoder trains other weights than the one that was saved.
@@ -122,7 +129,7 @@ def load_weights(encoder: Encoder, file: Path) -> None:
             tensor.copy_(saved[name])
 
 
-def _trained(encoder: Encoder) -> dict[str, Tensor]:
+def _trained(encoder: Trained) -> dict[str, Tensor]:
     """What training may change: parameters that are not frozen, a tied one once, and buffers that belong to the model."""
     model = encoder.model
     kept = model.state_dict().keys()

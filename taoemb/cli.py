@@ -1,4 +1,4 @@
-"""The command line: ``taoemb demo | data | encode | index | search | train | evaluate``."""
+"""The command line: ``taoemb demo | data | encode | index | search | train | evaluate | judge``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from taoemb import __version__
 from taoemb.cli_index import index_app
+from taoemb.cli_judge import judge_app
 from taoemb.cli_shared import Backend, Out, Seed, told_apart
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make data: the generated shop, or training queries from a catalog.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
+app.add_typer(judge_app, name="judge")
 
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time, also on Python 3.10

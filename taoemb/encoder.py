@@ -41,7 +41,7 @@ __all__ = ["Encoder", "Kind", "check_device", "distill_static"]
 TEMPLATE_FILE = "taoemb.json"
 _TOKEN_CACHE_TEXTS = 500_000
 _TOKENISED_TEXTS = 1024  # of similar length, tokenised together
-_CPU_BATCH_TOKENS = 1024  # a thread: what a layer writes stays in the cache of its core
+CPU_BATCH_TOKENS = 1024  # a thread: what a layer writes stays in the cache of its core
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -197,14 +197,14 @@ class Encoder:
     def _encode_padded(self, texts: Sequence[str], kind: Kind, progress: bool) -> FloatArray:
         """Encode in batches of texts with nearly the same number of tokens: padding costs as much as text."""
         run = self._run or (lambda features: self._run_torch(features, kind))
-        tokens = _CPU_BATCH_TOKENS * torch.get_num_threads() if self.device.type == "cpu" else None
+        tokens = CPU_BATCH_TOKENS * torch.get_num_threads() if self.device.type == "cpu" else None
         by_length = sorted(range(len(texts)), key=lambda row: -len(texts[row]))  # first by letters, which cost nothing
         vectors: FloatArray | None = None
         with tqdm(total=len(texts), unit="text", disable=None if progress else True) as bar:
             for start in range(0, len(texts), _TOKENISED_TEXTS):
                 rows = np.asarray(by_length[start : start + _TOKENISED_TEXTS])
                 features = self._features([texts[row] for row in rows], kind)
-                for part, batch in _token_batches(features, self.batch_size, tokens):
+                for part, batch in token_batches(features, self.batch_size, tokens):
                     found = run(batch)
                     if vectors is None:
                         vectors = np.empty((len(texts), found.shape[1]), dtype=np.float32)
@@ -233,7 +233,7 @@ class Encoder:
             if not self._padded[kind] or self.device.type != "cpu":
                 return self._embed(features, kind)
             rows, parts = zip(
-                *_token_batches(features, self.batch_size, _CPU_BATCH_TOKENS * torch.get_num_threads()), strict=True
+                *token_batches(features, self.batch_size, CPU_BATCH_TOKENS * torch.get_num_threads()), strict=True
             )
             places = torch.from_numpy(np.argsort(np.concatenate(rows)))
             return torch.cat([self._embed(part, kind) for part in parts])[places]
@@ -313,11 +313,11 @@ class Encoder:
     def _module_settings(self) -> Iterator[list[object]]:
         first: Any = self.model[0]
         if not isinstance(first, Router):
-            yield from _settings(self.model)
+            yield from module_settings(self.model)
             return
         for kind, tower in first.sub_modules.items():
-            yield [kind, *_settings(typing.cast("nn.Sequential", tower))]
-        yield from _settings(list(self.model)[1:])
+            yield [kind, *module_settings(typing.cast("nn.Sequential", tower))]
+        yield from module_settings(list(self.model)[1:])
 
     def save(self, folder: str | Path) -> None:
         """Write a sentence-transformers folder plus the item template; the folder appears complete or not at all.
@@ -341,15 +341,15 @@ class Encoder:
         return other
 
 
-def _settings(modules: Iterable[Any]) -> Iterator[list[object]]:
-    """What decides an embedding besides weights, module by module."""
+def module_settings(modules: Iterable[Any]) -> Iterator[list[object]]:
+    """What decides a model's outputs besides weights, module by module."""
     for module in modules:
         config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
         lora = [[name, c.r, c.lora_alpha] for model in adapters(module) for name, c in model.peft_config.items()]
         yield [type(module).__name__, config, getattr(module, "max_seq_length", None), *lora]
 
 
-def _token_batches(
+def token_batches(
     features: dict[str, Any], most_texts: int, most_tokens: int | None
 ) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Any]]]:
     """Cut padded features (tensors ``[N, T]``) into batches: rows, and their features without needless padding.

@@ -7,6 +7,8 @@ import hashlib
 import logging
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -76,34 +78,45 @@ def load_model(name: str, device: str | None) -> SentenceTransformer:
 
     Raises ValueError when the folder holds no such model, FileNotFoundError when there is neither folder nor hub id.
     """
-    quiet = logging.getLogger("transformers")  # its load report lists keys that do no harm
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
     folder = Path(name)
     if (folder / "model" / "modules.json").exists():
         raise ValueError(f"{name!r} is a run folder; its model is {str(folder / 'model')!r}")
-    if not folder.exists() and (
-        folder.is_absolute() or (folder.parent not in (Path(), Path("..")) and folder.parent.exists())
-    ):
-        raise FileNotFoundError(f"{name!r} does not exist")  # no hub id: do not look there
     _check_base(folder)
-    try:
+    with loading(name, "sentence-transformers model"):
         model = SentenceTransformer(name, device=device)
         if load_file_path(name, "modules.json") is None:
             _read_last_token(model)
         _check_adapter(name, model)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            _ensure_pad_token(name, module)
+    return model
+
+
+@contextmanager
+def loading(name: str, kind: str) -> Iterator[None]:
+    """The block loads ``name``, a folder or hub id, as a model of this kind.
+
+    Raises ValueError when the folder holds no such model, FileNotFoundError when there is neither folder nor hub id.
+    """
+    folder = Path(name)
+    if not folder.exists() and (
+        folder.is_absolute() or (folder.parent not in (Path(), Path("..")) and folder.parent.exists())
+    ):
+        raise FileNotFoundError(f"{name!r} does not exist")  # no hub id: do not look there
+    quiet = logging.getLogger("transformers")  # its load report lists keys that do no harm
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         if folder.exists():
-            raise ValueError(f"{name!r} is not a sentence-transformers model: {error}") from error
+            raise ValueError(f"{name!r} is not a {kind}: {error}") from error
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor a model that could be loaded from the hub: {error}"
         ) from error
     finally:
         quiet.setLevel(level)
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            _ensure_pad_token(name, module)
-    return model
 
 
 def _read_last_token(model: SentenceTransformer) -> None:

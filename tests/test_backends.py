@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
 from taoemb import backends
 from taoemb.catalog import ItemTemplate
-from taoemb.encoder import Encoder, _token_batches
+from taoemb.encoder import Encoder, token_batches
 from taoemb.store import StoreError, encode_corpus
 
 TEXTS = ["red face cream", "", "cream", "a vegan face cream for dry skin, 50 ml, in a red box " * 4, "red face cream"]
@@ -135,7 +135,7 @@ def test_token_batches_cover_every_text_without_needless_padding(side):
     mask = (columns < lengths[:, None]).long() if side == "right" else (columns >= 40 - lengths[:, None]).long()
     ids = mask * torch.arange(1, 101)[:, None]
     seen = []
-    for rows, batch in _token_batches({"input_ids": ids, "attention_mask": mask, "modality": "text"}, 16, 100):
+    for rows, batch in token_batches({"input_ids": ids, "attention_mask": mask, "modality": "text"}, 16, 100):
         shape = batch["input_ids"].shape
         assert shape == batch["attention_mask"].shape == (len(rows), int(lengths[rows].max()))
         assert len(rows) <= 16
@@ -148,7 +148,7 @@ def test_token_batches_cover_every_text_without_needless_padding(side):
 
 def test_a_text_longer_than_a_batch_and_one_without_tokens():
     mask = torch.tensor([[1] * 9, [0] * 9, [0] * 9])
-    found = list(_token_batches({"attention_mask": mask}, 2, 4))
+    found = list(token_batches({"attention_mask": mask}, 2, 4))
     assert [rows.tolist() for rows, _ in found] == [[0], [1, 2]]
     assert [batch["attention_mask"].shape for _, batch in found] == [(1, 9), (2, 1)]
 

@@ -9,7 +9,16 @@ import pyarrow as pa
 import pytest
 
 from taoemb.catalog import Catalog, Item, Items, Query
-from taoemb.judge import BiEncoderJudge, EnsembleJudge, Lexicon, MeanJudge, OracleJudge, PairFeatures, SoftLogicJudge
+from taoemb.judge import (
+    BiEncoderJudge,
+    EnsembleJudge,
+    Interventions,
+    Lexicon,
+    MeanJudge,
+    OracleJudge,
+    PairFeatures,
+    SoftLogicJudge,
+)
 from taoemb.judge import soft_logic as rules
 from taoemb.judge.lexicon import items_fingerprint
 from taoemb.judge.verdicts import ordered_probs, output
@@ -238,6 +247,143 @@ def test_types_without_a_category_come_from_title_heads():
 def test_title_runs_break_at_numbers_brands_signs_and_connectors():
     runs = title_runs(Item("1", "Acme X200 laser printer, duplex unit for Acme scanners", brand="Acme"), {"duplex"})
     assert runs == [["laser", "printer"], ["unit"]]
+
+
+# ------------------------------------------------------------------------------------------------ interventions
+
+
+def told(items, relations=(), weights=()):
+    return SoftLogicJudge(items, interventions=Interventions(dict(relations), dict(weights)))
+
+
+def test_a_relation_goes_before_the_rules(judge, items):
+    mine = told(items, {"type:mug": {"lamp": 0.8, "mug tree": 0.1}, "attribute:red": {"blue": 0.5}})
+    assert mine.explain(Query("q", "red mugs"), item(items, "lamp-blue")) == {
+        "attribute:red": (0.5, "user: 'blue' counts 0.5"),
+        "type:mug": (0.8, "user: 'lamp' counts 0.8"),
+    }
+    assert relevance(mine, items, "red mug", "lamp-blue") == pytest.approx(0.5**0.7 * 0.8, rel=1e-5)
+    assert relevance(mine, items, "mug", "tree") == pytest.approx(0.1)  # lowered: the rules give NOT_HEAD
+    for text, name in (("red mug", "mug-red"), ("mug", "mug-none"), ("acme cream", "lamp-blue")):  # nothing is told
+        assert relevance(mine, items, text, name) == relevance(judge, items, text, name)
+
+
+def test_the_best_entity_counts_and_words_are_folded(items):
+    relations = {"type:Mugs": {"Desk  Lamps": 0.2, "dimmable": 0.6, "red": 0.4}}
+    mine = told(items, relations)
+    values = {name: relevance(mine, items, "mug", name) for name in ("lamp-red", "lamp-blue", "lamp-dim", "soap-lily")}
+    # blue: the item says that it is not dimmable
+    assert values == pytest.approx({"lamp-red": 0.6, "lamp-blue": 0.2, "lamp-dim": 0.6, "soap-lily": rules.MISS})
+
+
+def test_an_entity_that_is_only_mentioned_is_no_type_and_no_brand(items):
+    mine = told(items, {"type:cup": {"mug": 0.9}, "brand:zeta": {"acme": 0.7}, "attribute:sturdy": {"holds six": 1}})
+    assert relevance(mine, items, "cup", "mug-red") == pytest.approx(0.9)
+    assert relevance(mine, items, "cup", "tree") == pytest.approx(rules.MISS)  # called "mug tree"; its text says mugs
+    case = Item("x", "Borg case for Acme mug", brand="Borg")
+    assert mine.explain(Query("q", "zeta"), case)["brand:zeta"][0] == rules.MISS
+    nameless = Item("y", "case of Acme")
+    assert mine.explain(Query("q", "zeta"), nameless)["brand:zeta"] == (0.7, "user: 'acme' counts 0.7")
+    assert mine.explain(Query("q", "sturdy"), item(items, "tree"))["attribute:sturdy"][0] == 1.0  # any phrase
+    assert [f.label for f in mine.facets(Query("q", "zeta cups"))] == ["brand:zeta", "type:cup"]  # synonyms are known
+
+
+def test_a_negated_facet_counts_one_minus_what_is_told(items):
+    mine = told(items, {"attribute:rose": {"lily": 0.7, "soap": 1}})
+    query = Query("q", "cream without rose")
+    assert mine.explain(query, item(items, "cream-lily"))["attribute:not rose"] == (
+        pytest.approx(0.3),
+        "user: 'lily' counts 0.7",
+    )
+    ruled_out = mine.score([(query, item(items, "soap-lily"))])
+    assert mine.relevance([(query, item(items, "soap-lily"))])[0] == 0.0  # a user's word may be final, a rule's is not
+    assert ruled_out.grade.tolist() == [0]
+
+
+def test_a_user_may_rule_out_and_say_yes(items):
+    mine = told(items, {"type:mug": {"borg": 0, "acme": 1}})
+    assert [relevance(mine, items, "mug", name) for name in ("mug-blue", "lamp-red")] == [0.0, 1.0]
+
+
+def test_weights_of_facets_and_kinds(judge, items):
+    text, name = "acme red mug", "mug-plain"  # another brand, "red" in the description
+    mine = told(items, weights={"brand": 0.5, "attribute:red": 2, "attribute": 0.1})
+    assert relevance(mine, items, text, name) == pytest.approx(rules.MISS**0.5 * rules.IN_TEXT**2, rel=1e-5)
+    silent = told(items, weights={"brand": 0})
+    assert "brand:acme" not in silent.explain(Query("q", text), item(items, name))
+    assert relevance(silent, items, text, name) == pytest.approx(rules.IN_TEXT**0.7, rel=1e-5)
+    assert np.isnan(relevance(silent, items, "acme", name))  # nothing is left of the query
+    plain = {f.label: f.weight for f in judge.facets(Query("q", "six nice mugs"))}
+    terms = told(items, weights={"term": 1.4, "term:nice": 0.25}).facets(Query("q", "six nice mugs"))
+    assert {f.label: f.weight for f in terms} == {
+        "term:six": pytest.approx(2 * plain["term:six"]),
+        "term:nice": 0.25,
+        "type:mug": 1.0,
+    }
+
+
+def test_interventions_are_part_of_the_fingerprint(judge, items):
+    assert told(items).fingerprint == judge.fingerprint
+    one, other = (
+        {"type:mug": {"lamp": 0.8}, "type:lamp": {"mug": 1}},
+        {"type:lamp": {"mug": 1.0}, "type:mugs": {"lamp": 0.8}},
+    )
+    assert told(items, one).fingerprint == told(items, other).fingerprint
+    several = [
+        {}, {"relations": one}, {"relations": {"type:mug": {"lamp": 0.7}}}, {"weights": {"brand": 1}},
+        {"weights": {"brand": 0.9}}, {"relations": one, "weights": {"brand": 1}},
+    ]  # fmt: skip
+    assert len({told(items, **option).fingerprint for option in several}) == len(several)
+
+
+@pytest.mark.parametrize(
+    ("relations", "weights", "message"),
+    [
+        ({"type:mug": {"lamp": 1.1}}, {}, r"relations\.type:mug\.lamp is 1\.1; give a number from 0 to 1"),
+        ({"type:mug": {"lamp": -0.1}}, {}, "from 0 to 1"),
+        ({"type:mug": {"lamp": float("nan")}}, {}, "from 0 to 1"),
+        ({"type:mug": {"lamp": True}}, {}, "from 0 to 1"),
+        ({"type:mug": {"lamp": "0.5"}}, {}, "is '0.5'"),
+        ({"type:mug": {"?!": 0.5}}, {}, "'\\?!' holds no word"),
+        ({"type:mug": {"lamp": 0.5, "Lamps": 0.6}}, {}, "'Lamps' is given twice"),
+        ({"type:mug": {}, "type:mugs": {}}, {}, "'type:mugs' is given twice"),
+        ({"mug": {"lamp": 0.5}}, {}, "'mug' is no facet; give KIND:TEXT"),
+        ({"kind:mug": {"lamp": 0.5}}, {}, "type, brand, attribute, term"),
+        ({"type:": {"lamp": 0.5}}, {}, "has 0 words"),
+        ({"type:a b c d e": {"lamp": 0.5}}, {}, "1 to 4"),
+        ({"term:two words": {"lamp": 0.5}}, {}, "1 to 1"),
+        ({"attribute:not red": {"lamp": 0.5}}, {}, "without 'not'"),
+        ({}, {"brand": -1}, r"weights\.brand is -1; give a number of 0 or more"),
+        ({}, {"brand": float("inf")}, "0 or more"),
+        ({}, {"colour": 1}, "'colour' is no facet"),
+    ],
+)
+def test_interventions_that_make_no_sense(relations, weights, message):
+    with pytest.raises(ValueError, match=message):
+        Interventions(relations, weights)
+
+
+def test_interventions_come_from_a_file(items, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("relations:\n  type:Cups:\n    mug: 1\n    lamp: 0.25\nweights:\n  brand: 0.5\n")
+    found = Interventions.load(file)
+    assert found == Interventions({"type:cup": {"mug": 1.0, "lamp": 0.25}}, {"brand": 0.5})
+    assert relevance(SoftLogicJudge(items, interventions=found), items, "cups", "lamp-red") == pytest.approx(0.25)
+    file.write_text("")
+    assert not Interventions.load(file)
+    for text, message in (
+        ("relation:\n  type:cup: {mug: 1}", "relation: unknown key; did you mean relations"),
+        ("relations:\n  type:cup: 1", "relations.type:cup: got 1"),
+        ("relations:\n  type:cup: {mug: much}", "relations.type:cup.mug: got 'much'"),
+        ("relations:\n  type:cup: {mug: 2}", "relations.type:cup.mug is 2.0"),
+        ("weights: {brand: 1, brand: 2}", "'brand' is given twice"),
+        ("- a", "at its top level"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Interventions.load(file)
+    with pytest.raises(FileNotFoundError):
+        Interventions.load(tmp_path / "nowhere.yaml")
 
 
 # ------------------------------------------------------------------------------------------------ bi-encoder

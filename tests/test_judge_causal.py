@@ -195,11 +195,13 @@ def test_a_model_without_a_system_role(judge, pairs):
 def test_mistakes_are_named(tiny_chat_llm, tiny_llm, tmp_path, static_model):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         CausalJudge(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="neither there nor a model"):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a model"):
         CausalJudge("no-such/model")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a model"):
         CausalJudge("no-such-model.gguf")
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        CausalJudge(tmp_path / "no-such-model.gguf")
+    with pytest.raises(ValueError, match="is not a causal language model"):
         CausalJudge(static_model)
     with pytest.raises(ValueError, match="give at least 1"):
         CausalJudge(tiny_chat_llm, batch_size=0)
@@ -217,5 +219,5 @@ def test_mistakes_are_named(tiny_chat_llm, tiny_llm, tmp_path, static_model):
         CausalJudge(tiny_llm, prompt=JudgePrompt(BINARY.answering("zyzzyva", "qwertz")))
     (tmp_path / "broken").mkdir()
     shutil.copy(tiny_chat_llm / "config.json", tmp_path / "broken")
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(ValueError, match="is not a causal language model"):
         CausalJudge(tmp_path / "broken")

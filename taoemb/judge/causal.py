@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from taoemb.catalog import Item, Query
 from taoemb.judge.prompts import JudgePrompt, ModelPrompt
 from taoemb.judge.schemes import LabelScheme, ScoreFn
-from taoemb.pretrained import weights_digest
+from taoemb.pretrained import loading, weights_digest
 from taoemb.types import FloatArray, JudgeOutput
 
 ENOUGH_MASS = 0.9
@@ -259,19 +259,13 @@ def load_causal(model: str | Path, device: str | None = None, dtype: str | None 
     """
     name, path = str(model), Path(model)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (path.is_absolute() or path.suffix == ".gguf") and not path.exists():
-        raise FileNotFoundError(f"{name!r} does not exist")
     kind: Any = dtype or (torch.float32 if target == "cpu" else "auto")
     where: dict[str, Any] = {}
-    if path.suffix == ".gguf":
-        name, where = str(path.parent), {"gguf_file": path.name}
-    try:
+    with loading(name, "causal language model"):
+        if path.suffix == ".gguf" and path.is_file():
+            name, where = str(path.parent), {"gguf_file": path.name}
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, **where)
-    except (OSError, ValueError) as error:
-        if path.exists():
-            raise ValueError(f"{str(model)!r} is no causal language model: {error}") from error
-        raise FileNotFoundError(f"{str(model)!r} is neither there nor a model that the hub gave: {error}") from error
     return loaded.to(target), tokenizer
 
 

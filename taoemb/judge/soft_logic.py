@@ -3,18 +3,20 @@
 The form is that of entity-based relevance (EBRM, arXiv 2307.00370): query facets against item entities, the best entity
 counts (max), facets are joined by a product t-norm. There the relevances are learned; here they are the constants
 below, which are our choice, over words mined from the catalog (`Lexicon`). Nothing is trained and nothing is graded.
+What a user knows better is told as `Interventions`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from taoemb.catalog import Item, Items, Query
+from taoemb.judge.interventions import Interventions
 from taoemb.judge.lexicon import MAX_PHRASE_WORDS, ItemFacts, Lexicon
 from taoemb.judge.verdicts import CUTS, SOFTNESS, fingerprint, ordered_probs, output
 from taoemb.judge.words import (
@@ -67,6 +69,21 @@ class Facet:
         """``kind:text``, with ``not`` before a negated one."""
         return f"{self.kind}:{'not ' if self.negated else ''}{self.text}"
 
+    @property
+    def asked(self) -> str:
+        """``kind:text``, negated or not."""
+        return f"{self.kind}:{self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """What is recognised in a query: the catalog's words and the facets that interventions name."""
+
+    brands: frozenset[str]
+    types: frozenset[str]
+    values: Mapping[str, frozenset[str]]
+    switches: frozenset[str]
+
 
 class SoftLogicJudge:
     """Rule-based judge over a catalog's own vocabulary.
@@ -74,17 +91,25 @@ class SoftLogicJudge:
     Score of a pair: ``prod_f r_f ** w_f`` over the query's facets, ``r_f`` in [0.05, 1] from `explain`; a negated facet
     ("without X", "no X", "X free" where X is an attribute value) counts as ``1 - r_f``. Facets come from the text of
     the query, or from its intent where `INTENT_KEYS` are all that it holds. The judge abstains on a query of which no
-    word says anything.
+    word says anything. ``interventions`` go before the rules; what they say may be anything in [0, 1].
     """
 
     name = "soft_logic"
 
-    def __init__(self, items: Items, lexicon: Lexicon | None = None) -> None:
+    def __init__(
+        self, items: Items, lexicon: Lexicon | None = None, interventions: Interventions | None = None
+    ) -> None:
         self.lexicon = lexicon if lexicon is not None else Lexicon(items)
-        self.fingerprint = fingerprint(
-            self.name, self.lexicon.fingerprint, _RULES, sorted(WEIGHTS.items()), CUTS, SOFTNESS
+        self.interventions = told = interventions or Interventions()
+        self._vocabulary = _Vocabulary(
+            self.lexicon.brands | set(told.named("brand")),
+            frozenset(self.lexicon.types) | set(told.named("type")),
+            {**dict.fromkeys(told.named("attribute"), frozenset()), **self.lexicon.values},
+            self.lexicon.switches,
         )
-        """Changes with the catalog and the rules."""
+        parts = (self.name, self.lexicon.fingerprint, _RULES, sorted(WEIGHTS.items()), CUTS, SOFTNESS)
+        self.fingerprint = fingerprint(*parts, *([told.parts()] if told else []))
+        """Changes with the catalog, the rules and the interventions."""
         self._facts: dict[str, ItemFacts] = {}
         self._queries: dict[tuple[str, str], tuple[Query, tuple[Facet, ...]]] = {}
 
@@ -97,9 +122,10 @@ class SoftLogicJudge:
         return np.array([self._conjunction(self.facets(q), self.facts(i)) for q, i in pairs], dtype=np.float32)
 
     def explain(self, query: Query, item: Item) -> dict[str, tuple[float, str]]:
-        """Facet -> (relevance, evidence), for example ``{"type:laptop": (0.4, "title mentions it")}``."""
+        """Facet -> (relevance, evidence), for example ``{"type:laptop": (0.4, "title mentions it")}``; the evidence of an
+        intervention begins with ``user:``."""
         facts = self.facts(item)
-        return {facet.label: _facet_relevance(facet, facts) for facet in self.facets(query)}
+        return {facet.label: self._judge_facet(facet, facts) for facet in self.facets(query)}
 
     def facts(self, item: Item) -> ItemFacts:
         """What is known about an item (cached)."""
@@ -116,41 +142,64 @@ class SoftLogicJudge:
         if cached is None or (cached[0] is not query and cached[0] != query):
             if len(self._queries) >= _QUERY_CACHE:
                 self._queries.clear()
-            found = _read_text(words(query.text), self.lexicon, switches=True)
+            found = _read_text(words(query.text), self._vocabulary, switches=True)
             if not any(facet.kind == "type" for facet in found):  # "usb hub" alone is no monitor that has one
-                found = _read_text(words(query.text), self.lexicon, switches=False)
+                found = _read_text(words(query.text), self._vocabulary, switches=False)
             if query.intent and INTENT_KEYS.issuperset(query.intent):
                 found = _read_intent(query.intent, found) or found
-            cached = self._queries[(query.id, query.text)] = (query, _weigh_terms(found, self.lexicon))
+            weighed = _reweigh(_weigh_terms(found, self.lexicon), self.interventions)
+            cached = self._queries[(query.id, query.text)] = (query, weighed)
         return cached[1]
 
-    @staticmethod
-    def _conjunction(facets: tuple[Facet, ...], facts: ItemFacts) -> float:
+    def _conjunction(self, facets: tuple[Facet, ...], facts: ItemFacts) -> float:
         if not facets:
             return math.nan
-        return math.exp(sum(f.weight * math.log(_facet_relevance(f, facts)[0]) for f in facets))
+        relevances = [self._judge_facet(facet, facts)[0] for facet in facets]
+        if min(relevances) == 0.0:  # a user's; the rules give MISS at least
+            return 0.0
+        return math.exp(sum(f.weight * math.log(r) for f, r in zip(facets, relevances, strict=True)))
+
+    def _judge_facet(self, facet: Facet, facts: ItemFacts) -> tuple[float, str]:
+        told = self.interventions.relations_of(facet.asked)
+        held = [(relevance, entity) for entity, relevance in told.items() if self._has(facts, entity)]
+        if not held:
+            return _facet_relevance(facet, facts)
+        relevance, entity = max(held)
+        return (1.0 - relevance if facet.negated else relevance), f"user: {entity!r} counts {relevance:g}"
+
+    def _has(self, facts: ItemFacts, entity: str) -> bool:
+        """Whether an item has an entity. One that is called otherwise, or has another brand, does not have a type or a brand
+        that its texts mention: a laptop bag is no laptop."""
+        if entity in facts.negated:
+            return False
+        if entity == facts.brand or entity in facts.values:
+            return True
+        if any(named == entity or named.endswith(f" {entity}") for named in facts.types):
+            return True
+        otherwise = (facts.types and entity in self.lexicon.types) or (facts.brand and entity in self.lexicon.brands)
+        return not otherwise and (_says(facts.title, entity) or _says(facts.text, entity))
 
 
 # ------------------------------------------------------------------------------------------------ reading queries
 
 
-def _read_text(text: Sequence[str], lexicon: Lexicon, switches: bool) -> list[Facet]:
+def _read_text(text: Sequence[str], vocabulary: _Vocabulary, switches: bool) -> list[Facet]:
     """Facets of folded query words: the longest known phrase at each place, brand before type before attribute."""
     found: list[Facet] = []
     start, negate, ended = 0, False, False
     while start < len(text):
-        kind, length = _longest(text, start, lexicon, switches)
+        kind, length = _longest(text, start, vocabulary, switches)
         piece = " ".join(text[start : start + length])
         if kind == "term" and (piece in NEGATES_NEXT or piece in STOP_WORDS):
             negate = negate or piece in NEGATES_NEXT
             ended = ended or piece in CONNECTORS
-        elif kind == "term" and piece == "free" and found and found[-1].text in lexicon.values:
+        elif kind == "term" and piece == "free" and found and found[-1].text in vocabulary.values:
             denied = found.pop().text
-            found.append(Facet("attribute", denied, WEIGHTS["attribute"], True, lexicon.values[denied]))
+            found.append(Facet("attribute", denied, WEIGHTS["attribute"], True, vocabulary.values[denied]))
         else:
             if kind == "type" and (ended or negate):  # "case for laptop": the type came before the connector
-                kind = "attribute" if piece in lexicon.values else "term"
-            names = lexicon.values.get(piece, frozenset()) if kind == "attribute" else frozenset()
+                kind = "attribute" if piece in vocabulary.values else "term"
+            names = vocabulary.values.get(piece, frozenset()) if kind == "attribute" else frozenset()
             if kind == "term":
                 found += [Facet("term", word, 0.0, negate) for word in piece.split() if word not in STOP_WORDS]
             else:
@@ -160,11 +209,11 @@ def _read_text(text: Sequence[str], lexicon: Lexicon, switches: bool) -> list[Fa
     return _one_type(found)
 
 
-def _longest(text: Sequence[str], start: int, lexicon: Lexicon, switches: bool) -> tuple[str, int]:
+def _longest(text: Sequence[str], start: int, vocabulary: _Vocabulary, switches: bool) -> tuple[str, int]:
     for length in range(min(MAX_PHRASE_WORDS, len(text) - start), 0, -1):
         piece = " ".join(text[start : start + length])
-        for kind, vocabulary in (("brand", lexicon.brands), ("type", lexicon.types), ("attribute", lexicon.values)):
-            if piece in vocabulary and (switches or kind != "attribute" or piece not in lexicon.switches):
+        for kind, known in (("brand", vocabulary.brands), ("type", vocabulary.types), ("attribute", vocabulary.values)):
+            if piece in known and (switches or kind != "attribute" or piece not in vocabulary.switches):
                 return kind, length
     return "term", 1
 
@@ -189,6 +238,19 @@ def _weigh_terms(found: list[Facet], lexicon: Lexicon) -> tuple[Facet, ...]:
         Facet("term", f.text, WEIGHTS["term"] * lexicon.idf(f.text) / total, f.negated) if f.kind == "term" else f
         for f in found
     )
+
+
+def _reweigh(found: tuple[Facet, ...], told: Interventions) -> tuple[Facet, ...]:
+    """The weights that the user tells; a term's is its share of that of all terms, unless it is its own."""
+    if not told.weights:
+        return found
+    weighed = []
+    for facet in found:
+        weight = told.weight_of(facet.asked)
+        if weight is not None and facet.kind == "term" and facet.asked not in told.weights:
+            weight *= facet.weight / WEIGHTS["term"]
+        weighed.append(facet if weight is None else replace(facet, weight=weight))
+    return tuple(facet for facet in weighed if facet.weight > 0)
 
 
 def _read_intent(intent: Mapping[str, Any], from_text: Sequence[Facet]) -> list[Facet]:
