@@ -237,8 +237,16 @@ def evaluate(
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="TREC run file of a channel beside BM25 for overlap and exclusive figures; may be repeated."),
     ] = None,
+    judge: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Settings of a judge in one word, such as 'kind=mean', which grades what the systems find in the place of the "
+            "catalog's grades."
+        ),
+    ] = None,
+    pool: Annotated[int, typer.Option(help="How much of each system's Top the judge grades.")] = 20,
 ) -> None:
-    """Compare models and BM25 on a catalog's graded queries."""
+    """Compare models and BM25 on a catalog's graded queries, or on any queries by a judge."""
     from taoemb.catalog import Catalog
     from taoemb.comparison import compare
     from taoemb.encoder import Encoder
@@ -249,11 +257,11 @@ def evaluate(
     from taoemb.store import encode_corpus
 
     catalog = Catalog.load(data)
-    graded = [q.id for q in catalog.queries if q.id in catalog.qrels and split in ("", q.split)]
+    graded = [q.id for q in catalog.queries if (judge or q.id in catalog.qrels) and split in ("", q.split)]
     if not graded:
-        have = sorted({q.split or "(none)" for q in catalog.queries if q.id in catalog.qrels})
-        raise ValueError(f"{data} has no graded query of split {split!r}; its graded queries are of {have or 'no split'}: "
-                         "use --split '' for all")  # fmt: skip
+        have = sorted({q.split or "(none)" for q in catalog.queries if judge or q.id in catalog.qrels})
+        raise ValueError(f"{data} has no {'' if judge else 'graded '}query of split {split!r}; its {'' if judge else 'graded '}queries are of "
+                         f"{have or 'no split'}: use --split '' for all")  # fmt: skip
     queries = catalog.queries.select(ids=graded)
     runs = [RunChannel.load(file, catalog.queries, catalog.items.ids) for file in channel or []]
     for run in runs:
@@ -264,9 +272,34 @@ def evaluate(
         encoders[name] = encoder, ExactIndex.build(encode_corpus(encoder, catalog.items))
     texts = next(iter(encoders.values()))[0].template.texts(catalog.items)  # what the first model reads
     bm25 = BM25Channel.build(catalog.items.ids, texts)
+    evaluator = None
+    if judge:
+        from taoemb.cli_judge import judged_pool
+
+        tops = [bm25.top(queries.texts, pool)]
+        tops += [
+            index.search(encoder.encode_query(queries.texts), pool)[0].tolist() for encoder, index in encoders.values()
+        ]
+        catalog, evaluator = judged_pool(catalog, queries, tops, judge, data)
+    for name in models:
+        _warn_of_the_same_judge(name, evaluator)
     comparison = compare(catalog, queries, encoders, bm25, channels=[bm25, *runs],
                          quality_N=item_quality(catalog.items, quality_column), top_n=100)  # fmt: skip
     typer.echo(comparison.text())
+
+
+def _warn_of_the_same_judge(model: str, evaluator: str | None) -> None:
+    """A model that was trained against a judge is not to be measured by it without a word."""
+    from taoemb.files import read_json
+
+    file = Path(model).parent / "judge" / "judge.json"
+    reward = read_json(file) if Path(model).name == "model" and file.is_file() else {}
+    if reward and evaluator == reward["fingerprint"]:
+        typer.echo(f"warning: the judge {reward['name']} that evaluates also gave the reward of {model}: gains may be nothing but agreement "
+                   "with it; use another judge, or grades of people", err=True)  # fmt: skip
+    elif reward and evaluator is None and reward["kind"] == "oracle":
+        typer.echo(f"warning: the reward of {model} came from a catalog's grades (judge oracle): if they are made as these are, read its "
+                   "gains as an upper bound, for a judge without errors", err=True)  # fmt: skip
 
 
 if __name__ == "__main__":

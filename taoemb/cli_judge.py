@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -15,7 +16,7 @@ import typer
 from taoemb.cli_shared import Out, Seed, told_apart
 
 if TYPE_CHECKING:
-    from taoemb.catalog import Item, Query
+    from taoemb.catalog import Catalog, Item, Query, QuerySet
     from taoemb.judge.build import JudgeBuilder
 
 judge_app = typer.Typer(
@@ -213,6 +214,38 @@ def judge_serve(
         raise ImportError("vllm is not installed here; install it with: pip install vllm (it needs a GPU), then run the line above. "
                           f"Ask it with judge.kind=openai_server judge.url=http://HOST:8000/v1 judge.model={Path(model).name}")  # fmt: skip
     os.execvp(command[0], command)
+
+
+def judged_pool(
+    catalog: Catalog, queries: QuerySet, tops: Sequence[Sequence[Sequence[str]]], words: str, data: Path
+) -> tuple[Catalog, str]:
+    """The catalog with a judge's grades of what systems found (system -> query -> item ids) and nothing else graded, and the judge's
+    fingerprint. A score in [0, 1] is the grade nearest to it on 0..3; where the judge abstains there is none."""
+    from taoemb.types import MAX_GRADE
+
+    with tempfile.TemporaryDirectory() as scratch:
+        builder = _builder(data, words, Path(scratch))
+        pairs = [
+            (query, item_id)
+            for n, query in enumerate(queries)
+            for item_id in dict.fromkeys(i for top in tops for i in top[n] if i)
+        ]
+        items = catalog.items
+        found = builder.judge.score(
+            [
+                (query, items[int(i)])
+                for (query, _), i in zip(pairs, items.positions([i for _, i in pairs]), strict=True)
+            ]
+        )
+        fingerprint = builder.judge.fingerprint
+    qrels: dict[str, dict[str, int]] = {query.id: {} for query in queries}
+    for (query, item_id), score in zip(pairs, found.score.tolist(), strict=True):
+        if score == score:
+            qrels[query.id][item_id] = round(score * MAX_GRADE)
+    typer.echo(
+        f"graded by the judge {builder.judge.name}: {len(pairs):,} pairs, the union of what the systems find", err=True
+    )
+    return dataclasses.replace(catalog, qrels=qrels, metadata={**catalog.metadata, "unjudged": None}), fingerprint
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------

@@ -143,6 +143,9 @@ class TrainJob:
         all processes of a launcher but the first."""
         with self.world.owner_first():  # a judge may write what it has encoded
             judge = self.judge.name
+            if self.world.owner:  # `taoemb evaluate` warns where the same judge evaluates
+                facts = {"name": judge, "kind": self.judging.kind, "fingerprint": self.judge.fingerprint}
+                write_json(self.run_dir / "judge" / "judge.json", facts)
         say(f"{len(self.catalog.items):,} items, {len(self.catalog.queries.select('train')):,} training queries, "
             f"{len(self.test_queries)} test queries; relevance judge: {judge}")  # fmt: skip
         wanted = self.config.systems

@@ -172,10 +172,11 @@ class JudgeBuilder:
     @cached_property
     def judge(self) -> RelevanceJudge:
         """The judge, ready to be asked."""
+        fitted_on = self.calibration_queries  # where there are too few, better said before a model is loaded
         judge = self._build(self.kind)
         if self.config.calibration == "none":
             return judge
-        pairs, grades = self.graded_pairs(self.calibration_queries)
+        pairs, grades = self.graded_pairs(fitted_on)
         self.say(
             f"judge: {self.config.calibration} calibration on {len(pairs)} graded pairs of {len(self.calibration_queries)} queries"
         )
