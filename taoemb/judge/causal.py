@@ -129,7 +129,7 @@ class CausalJudge:
         with torch.inference_mode():
             written = self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                repetition_penalty=1.0, pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )  # type: ignore[operator] # fmt: skip
         return str(self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 

@@ -144,7 +144,9 @@ class ModelPrompt:
         return list(self.tokenizer(self._template(rendered) + answer, add_special_tokens=False)["input_ids"])
 
     def _template(self, messages: Sequence[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False,  # the label comes first
+        ))  # fmt: skip
 
     def _system_role(self) -> bool:
         """Whether the chat template takes a system message; that of Gemma, for one, does not."""

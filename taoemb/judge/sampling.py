@@ -14,19 +14,22 @@ import torch
 from tqdm import tqdm
 
 from taoemb.files import read_json, write_json
-from taoemb.judge.examples import Example, Style, parse_label
+from taoemb.judge.examples import Example, Style, parse, parse_label
 from taoemb.judge.prompts import ModelPrompt
 from taoemb.judge.verdicts import fingerprint
+from taoemb.pretrained import weights_digest
 
 _BATCH = 16  # prompts sampled together; our choice
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """``n`` completions of each of ``N`` examples, and their labels, ``-1`` where they state none: ``[N, n]``."""
+    """``n`` completions of each of ``N`` examples, their labels, ``-1`` where they state none, and whether they hold all that the style
+    asks for, ``[N, n]``."""
 
     texts: list[list[str]]
     labels: np.ndarray
+    whole: np.ndarray
 
     def correct(self, labels: Sequence[int]) -> np.ndarray:
         """Which state the right label, bool ``[N, n]``; input of `taoemb.judge.chains.pass_at_k`."""
@@ -40,9 +43,10 @@ def sample_completions(
     """``n`` completions of each example, drawn at ``temperature`` (0: the most probable one, greedily), kept in ``file``: a call after a
     kill goes on behind the last batch, and draws what the uninterrupted one would have drawn.
 
-    Raises ValueError when ``file`` holds samples of other examples.
+    Raises ValueError when ``file`` holds samples of other examples, of another model or by other settings.
     """
-    digest = _digest(examples, n, style, temperature, max_new_tokens, seed)
+    model_digest = weights_digest(model).hexdigest()
+    digest = fingerprint(*examples, model_digest, reads.prompt, n, style, temperature, max_new_tokens, seed)
     texts = _read(file, digest, len(examples))
     tokenizer, scheme = reads.tokenizer, reads.prompt.scheme
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -55,6 +59,7 @@ def sample_completions(
     }
     if temperature == 0:
         drawn = {"do_sample": False, "num_return_sequences": 1}
+    drawn["repetition_penalty"] = 1.0  # chat models come with other defaults
     model.train(False)
     with tqdm(
         total=len(examples), initial=len(texts), desc=progress, disable=None if progress else True, leave=False
@@ -83,9 +88,9 @@ def sample_completions(
                 )
             bar.update(len(batch))
     stated = [[parse_label(text, style, scheme) for text in row] for row in texts]
-    return Sampled(
-        texts, np.array([[-1 if label is None else label for label in row] for row in stated], dtype=np.int64)
-    )
+    labels = np.array([[-1 if label is None else label for label in row] for row in stated], dtype=np.int64)
+    whole = [[style == "label" or parse(text, style, scheme).ok for text in row] for row in texts]
+    return Sampled(texts, labels, np.array(whole))
 
 
 def preference_pairs(
@@ -93,15 +98,14 @@ def preference_pairs(
 ) -> list[tuple[int, str, str]]:
     """(example, chosen, rejected): chosen is a right sample of its own where it has one (self-correction), else the teacher's completion
     (oracle guidance), rejected a wrong one of its own; an example without a wrong sample, or with no right one and no teacher,
-    gives none. Of wrong samples the one that rates highest above the truth is rejected (LREF), of right ones the shortest
-    text is chosen (our choice)."""
+    gives none. Of wrong samples the one that rates highest above the truth is rejected (LREF), of right ones the first
+    whose reasons can be read is chosen, else the first (our choice)."""
     pairs = []
-    for i, (example, texts, stated, label) in enumerate(
-        zip(examples, sampled.texts, sampled.labels.tolist(), labels, strict=True)
-    ):
-        right = [text for text, said in zip(texts, stated, strict=True) if said == label]
+    for i, (example, texts, label) in enumerate(zip(examples, sampled.texts, labels, strict=True)):
+        stated, whole = sampled.labels[i].tolist(), sampled.whole[i].tolist()
+        right = [(not read, n) for n, (said, read) in enumerate(zip(stated, whole, strict=True)) if said == label]
         wrong = [(said, text) for text, said in zip(texts, stated, strict=True) if said != label]
-        chosen = min(right, key=lambda text: (len(text), text)) if right else teacher(example)
+        chosen = texts[min(right)[1]] if right else teacher(example)
         if wrong and chosen is not None:
             pairs.append((i, chosen, max(wrong)[1]))
     return pairs
@@ -114,7 +118,7 @@ def difficult(
     best limit drops the all-right and all-wrong alone). With ``balance`` every label that is left has as many as the rarest (TaoSR1:
     a coefficient of variation of 0), drawn at random. In rising order."""
     right = correct.sum(1)
-    kept = np.flatnonzero((right > 0) & (right < limit * correct.shape[1]))
+    kept = np.flatnonzero((right > 0) & (right < limit * correct.shape[1] - 1e-9))  # .28 * 25 is above 7
     if balance and len(kept):
         of_label = np.asarray(labels)[kept]
         count = min((of_label == label).sum() for label in np.unique(of_label))
@@ -125,20 +129,16 @@ def difficult(
     return sorted(kept.tolist())
 
 
-def _digest(examples: Sequence[Example], *settings: object) -> str:
-    return fingerprint([(e.query.text, e.item.id, e.item.title, e.grade) for e in examples], *settings)
-
-
 def _read(file: Path, digest: str, total: int) -> list[list[str]]:
     """The samples so far, of whole batches alone: a kill may have cut the last one."""
     head = file.with_suffix(".json")
-    if not head.exists():
+    if not (head.exists() and file.exists()):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"")
         write_json(head, {"digest": digest})
     if read_json(head).get("digest") != digest:
         raise ValueError(
-            f"{file} holds samples of other examples or settings; delete it with {head.name} to draw new ones"
+            f"{file} holds samples of other examples, another model or settings; delete it with {head.name} to draw new ones"
         )
     lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     whole = len(lines) if len(lines) == total else len(lines) // _BATCH * _BATCH

@@ -7,10 +7,12 @@ goes on from the last checkpoint of the other. Marks of the settings: [paper] Ta
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
+import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +20,21 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
+from taoemb.catalog import Item, Query
 from taoemb.config import diff, load_config, save_config
 from taoemb.contrastive import check_positive
-from taoemb.files import read_json, replace_folder, write_json
+from taoemb.files import read_json, replace_folder, write_json, write_text
 from taoemb.judge.causal import CausalJudge, load_causal
 from taoemb.judge.chains import pass_at_k
 from taoemb.judge.examples import Example, Style, parse_label, shop_examples
 from taoemb.judge.prompts import RULES, JudgePrompt, ModelPrompt
 from taoemb.judge.sampling import Sampled, difficult, preference_pairs, sample_completions
 from taoemb.judge.schemes import get_scheme
+from taoemb.judge.verdicts import fingerprint
 from taoemb.shop import Shop
 
 Stage = Literal["sft", "dpo", "kto", "grpo"]
@@ -44,7 +51,7 @@ class SFTConfig:
     batch_size: int = 16
     """Examples a step [ours]."""
     learning_rate: float = 2e-5
-    """Peak learning rate [ours]; 10 times as much with LoRA."""
+    """Peak learning rate [ours]; give 10 times as much with LoRA."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +142,34 @@ class JudgeTrainConfig:
     def __post_init__(self) -> None:
         check_positive(self, "examples", "max_new_tokens", "max_chars", "save_steps")
         get_scheme(self.scheme)
-        if not self.stages or len(set(self.stages)) < len(self.stages):
+        if not self.stages or len(set(self.stages)) < len(self.stages) or not {*self.stages} <= {*get_args(Stage)}:
             raise ValueError(f"stages={list(self.stages)}: give some of {', '.join(get_args(Stage))}, each once")
-        for part in (self.sft, self.dpo, self.grpo):
-            check_positive(part, "steps", "batch_size", "learning_rate")
+        if self.style not in get_args(Style):
+            raise ValueError(f"style={self.style!r}: give one of {', '.join(get_args(Style))}")
+        for name in ("sft", "dpo", "grpo"):
+            words = ("steps", "batch_size", "learning_rate", *(() if name == "sft" else ("prompts", "temperature")))
+            with _of(name):
+                check_positive(getattr(self, name), *words)
+        with _of("dpo"):
+            check_positive(self.dpo, "beta")
+        if not 0 <= self.grpo.beta < np.inf:
+            raise ValueError(f"grpo.beta={self.grpo.beta}: give 0, for none, or a number greater than 0")
+        if not 0 < self.grpo.difficulty <= 1:
+            raise ValueError(f"grpo.difficulty={self.grpo.difficulty}: give a share above 0, at most 1")
         if min(self.dpo.samples, self.grpo.num_generations) < 2:
             raise ValueError(f"dpo.samples={self.dpo.samples}, grpo.num_generations={self.grpo.num_generations}: completions are compared, "
                              "give 2 or more")  # fmt: skip
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: give a rank such as 16, or 0 to train all weights")
+
+
+@contextlib.contextmanager
+def _of(part: str) -> Iterator[None]:
+    """Name the part of the settings in a complaint about one of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{part}.{error}") from None
 
 
 class JudgeTrainer:
@@ -157,7 +183,8 @@ class JudgeTrainer:
         teacher: a completion for an example on which the judge was always wrong, None where it has none; by default the example's
             own reasons.
 
-    Raises ValueError when the folder was begun with other settings, ImportError when TRL is missing or of another version.
+    Raises ValueError when the folder was begun with other settings or examples, FloatingPointError when a loss is no number (the run
+    folder keeps what is before it), ImportError when TRL is missing or of another version.
     """
 
     def __init__(
@@ -174,15 +201,21 @@ class JudgeTrainer:
 
     def _claim(self) -> None:
         file = self.run_dir / "config.yaml"
+        digest = "" if self._given is None else fingerprint(*self._given)
         if file.exists():
             changed = diff(load_config(JudgeTrainConfig, file), self.config)
             if changed:
                 raise ValueError(f"{self.run_dir} was started with other settings ({', '.join(changed)} differ); repeat them to go on, or "
                                  "give another folder")  # fmt: skip
+            if read_json(self.run_dir / "examples.json")["digest"] != digest:
+                raise ValueError(
+                    f"{self.run_dir} was started with other examples; repeat them to go on, or give another folder"
+                )
             return
-        if self.run_dir.exists() and any(self.run_dir.iterdir()):
+        begun = {"examples.json", "examples.json.tmp", "config.yaml.tmp"}  # a kill may leave these
+        if self.run_dir.exists() and not {path.name for path in self.run_dir.iterdir()} <= begun:
             raise ValueError(f"{self.run_dir} is not empty and no run folder (no config.yaml); give another folder")
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(self.run_dir / "examples.json", {"digest": digest})
         save_config(self.config, file)
 
     def run(self) -> Path:
@@ -194,9 +227,11 @@ class JudgeTrainer:
                 self.say(f"{stage}: {folder / 'model'} is there")
             else:
                 folder.mkdir(exist_ok=True)
-                {"sft": self._sft, "dpo": self._preferences, "kto": self._preferences, "grpo": self._grpo}[stage](
-                    stage, start
-                )
+                run = {"sft": self._sft, "dpo": self._preferences, "kto": self._preferences, "grpo": self._grpo}[stage]
+                with _no_bars():
+                    run(stage, start)
+                gc.collect()  # trainers hold themselves in circles; the next stage loads the model anew
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also those that a kill behind the model left
             start = folder / "model"
         return Path(start)
 
@@ -303,6 +338,9 @@ class JudgeTrainer:
         if not kept:
             raise ValueError(f"grpo: of {len(examples)} prompts none has right and wrong completions of every label; raise grpo.prompts or "
                              "grpo.temperature, set grpo.balance=false, or leave the stage out")  # fmt: skip
+        if len(kept) < settings.batch_size:  # TRL drops the last part of a batch, and would train nothing
+            raise ValueError(f"grpo: {len(kept)} of {len(examples)} prompts are neither too easy nor too hard, fewer than "
+                             f"grpo.batch_size={settings.batch_size}; raise grpo.prompts or lower grpo.batch_size")  # fmt: skip
         rows = [{"prompt": reads.render(examples[i].query, examples[i].item), "answer": labels[i]} for i in kept]
         self.say(
             f"{stage}: {len(rows)} of {len(examples)} prompts, {settings.steps} steps of {settings.batch_size} groups"
@@ -324,10 +362,17 @@ class JudgeTrainer:
 
     def _load(self, start: str | Path) -> tuple[Any, ModelPrompt]:
         model, tokenizer = load_causal(start, dtype="float32")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(f"{start} is an adapter; merge it into its model and give that folder")
+        template = tokenizer.chat_template
+        if isinstance(template, str) and "enable_thinking" in template and not template.startswith(_NO_THINKING):
+            tokenizer.chat_template = _NO_THINKING + template
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return model, ModelPrompt(JudgePrompt(self.scheme, self.config.rules, self.config.max_chars), tokenizer)
+        reads = ModelPrompt(JudgePrompt(self.scheme, self.config.rules, self.config.max_chars), tokenizer)
+        _check_template(reads)
+        return model, reads
 
     def _completion(self, example: Example) -> str:
         return example.completion(self.config.style, self.scheme)
@@ -367,7 +412,7 @@ class JudgeTrainer:
             "lr_scheduler_type": "linear", "warmup_steps": max(1, settings.steps // 20), "seed": self.config.seed,
             "bf16": cuda and torch.cuda.is_bf16_supported(), "use_cpu": not cuda,
             "gradient_checkpointing": self.config.gradient_checkpointing, "save_steps": self.config.save_steps,
-            "save_total_limit": 2, "logging_steps": 10, "report_to": "none", "disable_tqdm": True,
+            "save_total_limit": 2, "logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none", "disable_tqdm": True,
             "dataloader_pin_memory": cuda,
         }  # fmt: skip
 
@@ -386,10 +431,9 @@ class JudgeTrainer:
     def _fit(self, stage: str, trainer: Any, reads: ModelPrompt) -> None:
         """Train from the last whole checkpoint on, and write the model; the folder appears complete or not at all."""
         folder = self.run_dir / stage
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Watch(stage, folder / "log.jsonl"))
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder / "checkpoints"))
-        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        if losses and not np.isfinite(losses).all():
-            raise FloatingPointError(f"{stage}: the loss became {losses[-1]}; lower {stage}.learning_rate")
         model = trainer.accelerator.unwrap_model(trainer.model)
         if self.config.lora_rank:
             model = model.merge_and_unload()
@@ -397,14 +441,77 @@ class JudgeTrainer:
             model.save_pretrained(beside)
             reads.tokenizer.save_pretrained(beside)
             reads.prompt.save(beside)
-        write_json(folder / "log.json", trainer.state.log_history)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        del trainer, model
-        gc.collect()  # the next stage loads the model anew
 
     def judge(self, stage: Stage | None = None) -> CausalJudge:
         """The judge that a stage ended with, by default the last one."""
         return CausalJudge(self.run_dir / (stage or self.config.stages[-1]) / "model")
+
+
+class _Watch(TrainerCallback):
+    """Writes the log, shows a bar, and stops where a loss is no number, before a checkpoint or model could hold what it did."""
+
+    def __init__(self, stage: str, file: Path) -> None:
+        self.stage, self.file = stage, file
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, disable=None, leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update()
+        last = state.global_step >= state.max_steps
+        control.should_log = control.should_log or control.should_save or last
+        # Going on from a checkpoint of the last step inside an epoch, transformers trains one step more.
+        control.should_save = control.should_save and not last
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        logs: dict[str, Any] = given["logs"]
+        lines = (json.dumps(row, sort_keys=True) + "\n" for row in state.log_history)
+        write_text(self.file, "".join(lines))  # all of them: after a kill they go back to the checkpoint's
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(f"{self.stage}: {name} is {logs[name]} at step {state.global_step}; begin a new run folder with "
+                                         "a lower learning_rate")  # fmt: skip
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4g}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+_NO_THINKING = "{% set enable_thinking = false %}"
+"""Before the chat template of a model that may think first, such as Qwen3: a judge's label is what it writes first."""
+
+
+def _check_template(reads: ModelPrompt) -> None:
+    """Raise ValueError when the chat template would write an answer elsewhere than where the judge reads it."""
+    prompt, answer = reads.render(Query("1", "mug"), Item("1", "Mug")), reads.answer("1")
+    if isinstance(prompt, str) or isinstance(answer, str):
+        return
+    shown = reads.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    written = reads.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+    if not written.startswith(shown + "1"):
+        raise ValueError(f"the model's chat template writes an answer elsewhere than behind its generation prompt: {written[-80:]!r} does "
+                         f"not go on from {shown[-40:]!r}; give the tokenizer another chat_template")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars of datasets and of transformers' files."""
+    import datasets
+
+    before = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if before[0]:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if before[1]:
+            datasets.enable_progress_bars()
 
 
 def check_trl() -> None:
