@@ -280,7 +280,7 @@ def evaluate(
         tops += [
             index.search(encoder.encode_query(queries.texts), pool)[0].tolist() for encoder, index in encoders.values()
         ]
-        catalog, evaluator = judged_pool(catalog, queries, tops, judge, data)
+        catalog, evaluator = judged_pool(catalog, queries, tops, judge)
     for name in models:
         _warn_of_the_same_judge(name, evaluator)
     comparison = compare(catalog, queries, encoders, bm25, channels=[bm25, *runs],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import shlex
@@ -18,6 +19,7 @@ from taoemb.cli_shared import Out, Seed, told_apart
 if TYPE_CHECKING:
     from taoemb.catalog import Catalog, Item, Query, QuerySet
     from taoemb.judge.build import JudgeBuilder
+    from taoemb.judge.evaluation import JudgeEvaluation
 
 judge_app = typer.Typer(
     help="Relevance judges: train and distil one, measure any, write verdicts.", no_args_is_help=True
@@ -52,7 +54,7 @@ def judge_score(
     from taoemb.judge.schemes import scheme_of
     from taoemb.tables import write_table
 
-    builder = _builder(data, judge, out)
+    builder = _builder(_catalog(data), judge, out)
     found = _run_pairs(builder, pairs) if pairs else builder.graded_pairs(list(builder.catalog.qrels))[0]
     if not found:
         raise ValueError(f"{data} grades no pairs; give a TREC run file with --pairs")
@@ -92,34 +94,40 @@ def judge_eval(
     from taoemb.judge.report import compare_text, write_judge_report
     from taoemb.judge.schemes import scheme_of
 
-    builders = [_builder(data, words, out) for words in judge or ["kind=auto"]]
+    asked = judge or ["kind=auto"]
+    if len(set(asked)) < len(asked):
+        raise ValueError(
+            f"--judge {next(w for w in asked if asked.count(w) > 1)!r} is given twice; give each judge once"
+        )
+    catalog = _catalog(data)
+    builders = [_builder(catalog, words, out) for words in asked]
     held = {query for builder in builders for query in builder.calibration_queries}
     examples = _graded(builders[0], data, split, pairs, seed, held)
     graded, grades = [(e.query, e.item) for e in examples], [e.grade for e in examples]
-    evaluations = []
-    for builder, words in zip(builders, judge or ["kind=auto"], strict=True):
-        built = builder.judge
-        labels = scheme_of(built).labels(grades)
-        found = evaluate_judge(built, graded, labels, seed=seed)
+    labels_of = str(catalog.metadata.get("labels", "the catalog's grades"))
+    facts = {"Catalog": str(data), "Split": split or "all", "True labels": labels_of}
+    evaluations: list[JudgeEvaluation] = []
+    for builder, words in zip(builders, asked, strict=True):
+        scheme = scheme_of(builder.judge)
+        if evaluations and scheme.names != evaluations[0].scheme.names:
+            raise ValueError(f"{words!r} gives the labels {', '.join(scheme.names)}, the judges before it {', '.join(evaluations[0].scheme.names)}: "
+                             "their figures do not compare; evaluate them apart, or give one scheme to all")  # fmt: skip
+        labels = scheme.labels(grades)
+        found = evaluate_judge(builder.judge, graded, labels, seed=seed)
         some = np.random.default_rng([seed, 1]).permutation(len(graded))[:attacks]
         if len(some):
-            found = dataclasses.replace(
-                found, attacks=attack(built, [graded[i] for i in some], labels[some], bootstrap=200, seed=seed)
-            )
+            attacked = attack(builder.judge, [graded[i] for i in some], labels[some], bootstrap=200, seed=seed)
+            found = dataclasses.replace(found, attacks=attacked)
         if reasons:
-            found = dataclasses.replace(
-                found, generated=_written(builder, examples[:200], reasons, style, out, words, seed)
-            )
+            written = _written(builder, examples[:200], reasons, style, out, words, seed)
+            found = dataclasses.replace(found, generated=written)
+        builder.close()  # before the next model is loaded
         name = found.judge if len(builders) == 1 else words.replace("kind=", "", 1)
         evaluations.append(dataclasses.replace(found, judge=name))
         typer.echo(evaluations[-1].text() + "\n")
+        page = write_judge_report(evaluations, out, facts)
     if len(evaluations) > 1:
         typer.echo(compare_text(evaluations) + "\n")
-    catalog = builders[0].catalog
-    labels_of = str(catalog.metadata.get("labels", "the catalog's grades"))
-    page = write_judge_report(
-        evaluations, out, {"Catalog": str(data), "Split": split or "all", "True labels": labels_of}
-    )
     typer.echo(f"look at {page}", err=True)
 
 
@@ -173,7 +181,7 @@ def judge_distill(
     from taoemb.judge.schemes import scheme_of
     from taoemb.pretrained import model_path
 
-    builder = _builder(data, judge, out)
+    builder = _builder(_catalog(data), judge, out)
     config = load_config(DistillConfig, None, [f"seed={seed}", *(overrides or [])])
     catalog, items, rng = builder.catalog, builder.catalog.items, np.random.default_rng([seed, 3])
     queries = catalog.queries.select("train")
@@ -200,31 +208,25 @@ def judge_serve(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the judge; options after it go to vLLM.")],
 ) -> None:
     """Serve a judge with vLLM, whose server speaks OpenAI's protocol; `judge.kind=openai_server` asks it."""
-    command = [
-        "vllm",
-        "serve",
-        model,
-        "--served-model-name",
-        Path(model).name,
-        "--enable-prefix-caching",
-        *context.args,
-    ]
+    served = _served_name(Path(model))
+    command = ["vllm", "serve", model, "--served-model-name", served, "--enable-prefix-caching", *context.args]
+    prompt = f" judge.prompt={model}" if Path(model).is_dir() else ""
     typer.echo(shlex.join(command), err=True)
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("vllm is not installed here; install it with: pip install vllm (it needs a GPU), then run the line above. "
-                          f"Ask it with judge.kind=openai_server judge.url=http://HOST:8000/v1 judge.model={Path(model).name}")  # fmt: skip
+                          f"Ask it with judge.kind=openai_server judge.url=http://HOST:8000/v1 judge.model={served}{prompt}")  # fmt: skip
     os.execvp(command[0], command)
 
 
 def judged_pool(
-    catalog: Catalog, queries: QuerySet, tops: Sequence[Sequence[Sequence[str]]], words: str, data: Path
+    catalog: Catalog, queries: QuerySet, tops: Sequence[Sequence[Sequence[str]]], words: str
 ) -> tuple[Catalog, str]:
     """The catalog with a judge's grades of what systems found (system -> query -> item ids) and nothing else graded, and the judge's
-    fingerprint. A score in [0, 1] is the grade nearest to it on 0..3; where the judge abstains there is none."""
-    from taoemb.types import MAX_GRADE
+    fingerprint. A grade is that of the most probable label; where the judge abstains there is none."""
+    from taoemb.judge.schemes import scheme_of
 
     with tempfile.TemporaryDirectory() as scratch:
-        builder = _builder(data, words, Path(scratch))
+        builder = _builder(catalog, words, Path(scratch))
         pairs = [
             (query, item_id)
             for n, query in enumerate(queries)
@@ -237,29 +239,43 @@ def judged_pool(
                 for (query, _), i in zip(pairs, items.positions([i for _, i in pairs]), strict=True)
             ]
         )
-        fingerprint = builder.judge.fingerprint
+        name, fingerprint = builder.judge.name, builder.judge.fingerprint
+        grades = scheme_of(builder.judge).grades(found.grade)
+        builder.close()
     qrels: dict[str, dict[str, int]] = {query.id: {} for query in queries}
-    for (query, item_id), score in zip(pairs, found.score.tolist(), strict=True):
-        if score == score:
-            qrels[query.id][item_id] = round(score * MAX_GRADE)
-    typer.echo(
-        f"graded by the judge {builder.judge.name}: {len(pairs):,} pairs, the union of what the systems find", err=True
-    )
+    for (query, item_id), grade in zip(pairs, grades.tolist(), strict=True):
+        if grade >= 0:
+            qrels[query.id][item_id] = grade
+    typer.echo(f"graded by the judge {name}: {len(pairs):,} pairs, the union of what the systems find", err=True)
     return dataclasses.replace(catalog, qrels=qrels, metadata={**catalog.metadata, "unjudged": None}), fingerprint
+
+
+def _served_name(model: Path) -> str:
+    """The folder's name and its weights' checksum: verdicts are cached by the name that a server gives its model."""
+    from taoemb.files import checksum
+
+    weights = sorted(model.glob("*.safetensors")) if model.is_dir() else []
+    sums = "".join(checksum(file) for file in weights)
+    return f"{model.name}-{hashlib.sha256(sums.encode()).hexdigest()[:8]}" if weights else str(model)
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------
 
 
-def _builder(data: Path, words: str, out: Path) -> JudgeBuilder:
+def _catalog(data: Path) -> Catalog:
     from taoemb.catalog import Catalog
-    from taoemb.config import load_config
-    from taoemb.judge.build import JudgeBuilder, JudgeConfig
 
     if not data.is_dir():
         raise FileNotFoundError(f"{data} is not a folder; give a catalog folder with --data")
+    return Catalog.load(data)
+
+
+def _builder(catalog: Catalog, words: str, out: Path) -> JudgeBuilder:
+    from taoemb.config import load_config
+    from taoemb.judge.build import JudgeBuilder, JudgeConfig
+
     config = load_config(JudgeConfig, None, shlex.split(words))
-    return JudgeBuilder(config, Catalog.load(data), out, lambda text: typer.echo(text, err=True))
+    return JudgeBuilder(config, catalog, out, lambda text: typer.echo(text, err=True))
 
 
 def _run_pairs(builder: JudgeBuilder, file: Path) -> list[tuple[Query, Item]]:

@@ -192,3 +192,22 @@ def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(OSError, match="give another one"):
         CachedJudge(Counting(), tmp_path / "x")
+
+
+def test_an_interrupted_write_holds_up_nobody(file, monkeypatch):
+    cached = CachedJudge(Counting(), file)
+    real = cached._connection
+
+    class Interrupted:
+        in_transaction = property(lambda _: real.in_transaction)
+        execute = real.execute
+
+        def executemany(self, *_):
+            raise KeyboardInterrupt
+
+    cached._connection = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        cached.score(PAIRS)
+    cached._connection = real
+    equal(CachedJudge(Counting(), file).score(PAIRS), Counting().score(PAIRS))  # writes too
+    equal(cached.score(PAIRS), Counting().score(PAIRS))

@@ -11,6 +11,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -66,7 +68,7 @@ def test_probabilities_are_those_of_a_full_forward(judge, pairs):
 
 
 def test_several_tokens_an_answer(tiny_chat_llm, pairs):
-    scheme = GRADES_4.answering("irrelevant", "mismatch", "match in part", "match")  # one begins as another does
+    scheme = GRADES_4.answering("irrelevant", "mismatch", "partly a match", "match")
     judge = CausalJudge(tiny_chat_llm, prompt=JudgePrompt(scheme))
     assert not judge._lead
     assert_equal(judge, pairs[:12])
@@ -94,6 +96,18 @@ def test_a_sliding_window_is_not_shared(tiny_chat_llm, pairs):
     torch.manual_seed(0)
     judge = CausalJudge(MistralForCausalLM(config), tokenizer=tokenizer)
     assert_equal(judge, pairs)
+    assert not judge._reuses
+
+
+def test_a_model_whose_positions_are_slots_is_not_shared(tiny_chat_llm, pairs):
+    """GPT-Neo's local attention counts slots: padding behind a cached start would move its window."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_llm)
+    config = GPTNeoConfig(vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=4, window_size=32, intermediate_size=64,
+                          attention_types=[[["global", "local"], 1]], max_position_embeddings=1024, initializer_range=0.3)  # fmt: skip
+    torch.manual_seed(0)
+    judge = CausalJudge(GPTNeoForCausalLM(config), tokenizer=tokenizer)
+    long = [(query, dataclasses.replace(item, description="a long text " * n)) for n, (query, item) in enumerate(pairs)]
+    assert_equal(judge, long)
     assert not judge._reuses
 
 
@@ -215,6 +229,8 @@ def test_mistakes_are_named(tiny_chat_llm, tiny_llm, tmp_path, static_model):
                 )
             )
         )
+    with pytest.raises(ValueError, match="one of them begins as another goes on"):
+        CausalJudge(tiny_chat_llm, prompt=JudgePrompt(GRADES_4.answering("no", "part", "match in part", "match")))
     with pytest.raises(ValueError, match="no tokens of their own"):  # words that its vocabulary lacks
         CausalJudge(tiny_llm, prompt=JudgePrompt(BINARY.answering("zyzzyva", "qwertz")))
     (tmp_path / "broken").mkdir()

@@ -1,12 +1,14 @@
 """``taoemb judge`` as a user calls it, and any judge by name in a run's settings."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from taoemb.catalog import Catalog
 from taoemb.cli import app
 from taoemb.config import load_config
 from taoemb.job import TrainConfig, TrainJob
@@ -62,7 +64,7 @@ def test_score_writes_verdicts_and_goes_on(shop, tiny_chat_llm, tmp_path):
 
 
 def test_eval_compares_judges(shop, tiny_chat_llm, tmp_path):
-    judges = ["kind=oracle", "kind=soft_logic", f"kind=hf_causal model={tiny_chat_llm} scheme=binary"]
+    judges = ["kind=oracle", "kind=soft_logic", f"kind=hf_causal model={tiny_chat_llm}"]
     options = [word for judge in judges for word in ("--judge", judge)]
     words = [
         "judge",
@@ -85,10 +87,33 @@ def test_eval_compares_judges(shop, tiny_chat_llm, tmp_path):
     oracle, soft, llm = found["judges"]
     assert oracle["overall"]["values"]["macro_f1"] == oracle["overall"]["values"]["good_f1"] == 1
     assert soft["overall"]["values"]["macro_f1"] < 1
-    assert llm["labels"] == ["No", "Yes"]
+    assert llm["labels"] == soft["labels"]
     assert set(llm["generated"]) >= {"pass@1", "pass@2", "format_failure"}
     assert not soft["generated"]
     assert "<script" not in (tmp_path / "judge.html").read_text()
+
+
+def test_eval_refuses_what_does_not_compare(shop, tiny_chat_llm, tmp_path):
+    words = [
+        "judge",
+        "eval",
+        "--data",
+        shop,
+        "--out",
+        tmp_path,
+        "--pairs",
+        40,
+        "--attacks",
+        0,
+        "--judge",
+        "kind=soft_logic",
+    ]
+    assert "given twice" in run(*words, "--judge", "kind=soft_logic", code=2)
+    text = run(*words, "--judge", f"kind=hf_causal model={tiny_chat_llm} scheme=binary", code=2)
+    assert "gives the labels No, Yes" in text
+    assert (
+        json.loads((tmp_path / "judge.json").read_text())["judges"][0]["judge"] == "soft_logic"
+    )  # what was done is there
 
 
 def test_eval_leaves_out_what_a_judge_is_fitted_on(shop, static_model, tmp_path):
@@ -130,6 +155,10 @@ def test_train_and_distil_and_use(shop, tiny_chat_llm, tiny_bert, static_model, 
     assert "judge.kind=cross_encoder" in run(*distil)
     student = tmp_path / "ce" / "judges" / "cross_encoder"
     assert CrossEncoderJudge(student).scheme.name == "taobao4"
+    named = JudgeBuilder(
+        load_config(JudgeConfig, None, ["kind=hf_causal", f"model={judge}"]), Catalog.load(shop), tmp_path / "j"
+    ).judge
+    assert named.judge.prompt.rules == "Judge."  # what it was trained with
     for kind, model in (("hf_causal", judge), ("cross_encoder", student)):
         out = tmp_path / f"run-{kind}"
         config = load_config(TrainConfig, None, [
@@ -184,7 +213,8 @@ def test_judges_by_name(small_shop, static_model, tiny_chat_llm, tmp_path):
         ("kind=openai_server model=m", "say where the server is"),
         ("kind=soft_logic calibration=vector", "has none"),
         ("kind=cascade cheap=cross_encoder model=m", "make one of them"),
-        ("kind=mean scheme=stars", "give one of taobao4"),
+        ("kind=mean scheme=stars", "taobao4"),
+        ("kind=cascade cheap=ensemble model=m calibration=vector", "fitted to the same grades"),
         ("kind=mean sure=2", "from 0 to 1"),
         ("kind=mean batch_size=0", "at least 1"),
         ("kind=llama", "kind"),
@@ -195,8 +225,11 @@ def test_mistakes_are_named(words, message, shop, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_serve_says_what_to_run():
-    text = run("judge", "serve", "runs/judge/model", "--max-model-len", "2048", code=2)
-    assert "vllm serve runs/judge/model --served-model-name model --enable-prefix-caching --max-model-len 2048" in text
+def test_serve_says_what_to_run(tiny_chat_llm):
+    text = run("judge", "serve", "some/hub-id", "--max-model-len", "2048", code=2)
+    assert "vllm serve some/hub-id --served-model-name some/hub-id --enable-prefix-caching --max-model-len 2048" in text
     assert "pip install vllm" in text
+    local = run("judge", "serve", tiny_chat_llm, code=2)
+    assert re.search(r"--served-model-name tiny_chat_llm-[0-9a-f]{8} ", local)  # other weights, another name
+    assert f"judge.prompt={tiny_chat_llm}" in local
     assert "examples (" in run("judge", "train", "--help-config")

@@ -4,7 +4,7 @@
 the other orders the reader to give the best label. ``flipped_negation`` changes the query of a pair with the best label: the item
 met every condition, so it fails the one that is turned round, and the best label is wrong from then on.
 
-Ids stay as they are. A judge that knows pairs by their ids (labels, item vectors, a cache of verdicts) cannot be attacked in
+Ids stay as they are. A judge that knows pairs by their ids (labels, item vectors) cannot be attacked in
 this way: `Attack.moved` is 0 for it, and its other figures say nothing.
 """
 

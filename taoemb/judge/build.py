@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from taoemb.judge.calibration import Method, calibrate
 from taoemb.judge.ensemble import FOLDS, MIN_PAIRS, EnsembleJudge, MeanJudge
 from taoemb.judge.features import PairFeatures
 from taoemb.judge.oracle import OracleJudge
-from taoemb.judge.prompts import JudgePrompt
+from taoemb.judge.prompts import PROMPT_FILE, JudgePrompt
 from taoemb.judge.schemes import ScoreFn, get_scheme, scheme_of
 from taoemb.judge.soft_logic import SoftLogicJudge
 from taoemb.pretrained import model_path
@@ -50,11 +50,16 @@ class JudgeConfig:
     the name that the server knows it by."""
     url: str = ""
     """Of ``openai_server``, up to the version: ``http://host:8000/v1``. Its key is read from OPENAI_API_KEY."""
-    scheme: str = "taobao4"
-    """Labels that a language model is asked for: ``taobao4``, ``esci``, ``graded3`` or ``binary``."""
-    score_fn: ScoreFn = "expected"
+    scheme: Literal["", "taobao4", "esci", "graded3", "binary"] = ""
+    """Labels that a language model is asked for; by default those that it was trained with, else ``taobao4``."""
+    prompt: str = ""
+    """Of ``openai_server``: folder of the trained judge that is served, for the rules and labels that it was trained with."""
+    revision: str = ""
+    """Of ``openai_server``: another word for other weights under the same name; part of the verdicts' cache key."""
+    score_fn: Literal["", ScoreFn] = ""
     """Relevance of a language model's or cross-encoder's probabilities: their ``expected`` value, the probability of the good labels
-    (``p_good``), or the value of the label that at least half of the probability reaches (``cumulative``)."""
+    (``p_good``), or the value of the label that at least half of the probability reaches (``cumulative``). By default what a cross-encoder was
+    saved with, else ``expected``."""
     calibration: Literal["none", Method] = "none"
     """Fit the probabilities of a judge with a model, or of a cascade, to graded queries: one ``temperature``, a weight and a bias for each
     label (``vector``), or rising steps (``isotonic``)."""
@@ -85,7 +90,6 @@ class JudgeConfig:
             raise ValueError(f"sure={self.sure}: give a probability from 0 to 1")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: give at least 1")
-        get_scheme(self.scheme).score([[1.0] * len(get_scheme(self.scheme))], self.score_fn)
         reading = [kind for kind in self._parts if kind in MODELS]
         if reading and not self.model:
             raise ValueError(f"kind={self.kind!r}: say which model reads the pairs with model=")
@@ -95,6 +99,10 @@ class JudgeConfig:
             )
         if "openai_server" in reading and not self.url:
             raise ValueError(f"kind={self.kind!r}: say where the server is with url=, such as http://host:8000/v1")
+        if self.calibration != "none" and "ensemble" in self._parts and reading:
+            raise ValueError(
+                f"calibration={self.calibration!r}, cheap='ensemble': both would be fitted to the same grades; give one of them up"
+            )
         if self.calibration != "none" and not reading:
             raise ValueError(f"calibration={self.calibration!r}: for judges with a model, and kind={self.kind!r} has none; "
                              "kind=ensemble is fitted to grades by itself")  # fmt: skip
@@ -182,6 +190,14 @@ class JudgeBuilder:
         )
         return calibrate(judge, pairs, scheme_of(judge).labels(grades), self.config.calibration)
 
+    def close(self) -> None:
+        """Let go of the judge: its model, its file."""
+        judge: Any = self.__dict__.pop("judge", None)
+        while judge is not None:
+            if isinstance(judge, CachedJudge):
+                judge.close()
+            judge = getattr(judge, "judge", None) or getattr(judge, "strong", None)
+
     def _build(self, kind: str) -> RelevanceJudge:
         config = self.config
         if kind == "oracle":
@@ -208,16 +224,28 @@ class JudgeBuilder:
         if kind == "cross_encoder":
             from taoemb.judge.cross_encoder import CrossEncoderJudge
 
-            return CrossEncoderJudge(config.model, score_fn=config.score_fn, batch_size=config.batch_size)
-        prompt = JudgePrompt(get_scheme(config.scheme))
+            return CrossEncoderJudge(config.model, score_fn=config.score_fn or None, batch_size=config.batch_size)
+        score_fn: ScoreFn = config.score_fn or "expected"
+        prompt = JudgePrompt.load(config.model if kind == "hf_causal" else config.prompt) or JudgePrompt()
+        if config.scheme:
+            prompt = replace(prompt, scheme=get_scheme(config.scheme))
         if kind == "hf_causal":
             from taoemb.judge.causal import CausalJudge
 
-            return CausalJudge(config.model, prompt=prompt, score_fn=config.score_fn, batch_size=config.batch_size)
+            return CausalJudge(config.model, prompt=prompt, score_fn=score_fn, batch_size=config.batch_size)
         from taoemb.judge.openai_server import OpenAIJudge
 
+        if config.prompt and JudgePrompt.load(config.prompt) is None:
+            raise FileNotFoundError(
+                f"judge.prompt={config.prompt!r} holds no {PROMPT_FILE}; give the folder of a judge that taoemb trained"
+            )
         return OpenAIJudge(
-            config.url, config.model, prompt=prompt, score_fn=config.score_fn, concurrency=config.batch_size
+            config.url,
+            config.model,
+            prompt=prompt,
+            score_fn=score_fn,
+            concurrency=config.batch_size,
+            revision=config.revision,
         )
 
     @cached_property
@@ -233,7 +261,8 @@ class JudgeBuilder:
         items = self.catalog.items
         frozen = Encoder(model_path(self.config.encoder), template=JUDGE_TEMPLATE)
         self.say(f"encoding {len(items):,} items with the judge's frozen encoder")
-        store = encode_corpus(frozen, items, self.folder / "items.emb", shard_rows=1024, progress=True)
+        folder = self.folder / f"items-{frozen.fingerprint[:8]}.emb"  # judges with other encoders may share the folder
+        store = encode_corpus(frozen, items, folder, shard_rows=1024, progress=True)
         return BiEncoderJudge(frozen, items, store.vectors)
 
     def _ensemble(self) -> EnsembleJudge:

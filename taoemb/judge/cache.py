@@ -9,7 +9,8 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,24 +82,26 @@ class CachedJudge:
         self._connection.close()
 
     def _open(self) -> sqlite3.Connection:
-        try:
-            return self._connect()
-        except sqlite3.DatabaseError as error:
-            if isinstance(
-                error, sqlite3.OperationalError
-            ):  # locked, full or not writable: the file itself may be sound
+        with _one_at_a_time(self.file):
+            try:
+                return self._connect()
+            except sqlite3.OperationalError as error:  # locked, full or not writable: the file itself may be sound
                 raise OSError(f"{self.file}: {error}; free the file or give another one") from error
-            aside = self.file.with_name(f"{self.file.name}.corrupt-{time.time_ns()}")
-            os.replace(self.file, aside)
-            for suffix in ("-wal", "-shm"):
-                self.file.with_name(self.file.name + suffix).unlink(missing_ok=True)
-            tqdm.write(f"{self.file} is corrupt ({error}): set aside as {aside.name}, a new one begins")
-            return self._connect()
+            except sqlite3.DatabaseError as error:
+                aside = self.file.with_name(f"{self.file.name}.corrupt-{time.time_ns()}")
+                os.replace(self.file, aside)
+                for suffix in ("-wal", "-shm"):
+                    self.file.with_name(self.file.name + suffix).unlink(missing_ok=True)
+                tqdm.write(f"{self.file} is corrupt ({error}): set aside as {aside.name}, a new one begins")
+                return self._connect()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.file, timeout=60, check_same_thread=False, isolation_level=None)
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
+            if (
+                connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal"
+            ):  # the switch does not wait for a writer
+                connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute(_SCHEMA)
             if connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":
@@ -123,9 +126,27 @@ class CachedJudge:
 
     def _write(self, rows: list[tuple[bytes, np.ndarray]]) -> None:
         values = [(key, row.tobytes(), zlib.crc32(key + row.tobytes())) for key, row in rows]
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", values)
-        self._connection.execute("COMMIT")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", values)
+            self._connection.execute("COMMIT")
+        except BaseException:  # also Ctrl-C: other processes must not wait for this one
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+
+@contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Processes that open a cache do so one after the other: none may set aside what another has just begun."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there is no such lock, and there the file in use cannot be moved either
+        yield
+        return
+    with file.with_name(file.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _key(judge: str, query: Query, item: Item) -> bytes:

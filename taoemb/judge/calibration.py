@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from taoemb.catalog import Item, Query
+from taoemb.config import from_dict
 from taoemb.files import read_json, write_json
-from taoemb.judge.schemes import LabelScheme, ScoreFn, get_scheme, scheme_of
+from taoemb.judge.schemes import LabelScheme, ScoreFn, scheme_of
 from taoemb.judge.verdicts import fingerprint
 from taoemb.types import JudgeOutput, RelevanceJudge
 
@@ -86,7 +87,7 @@ class Calibration:
         """Write it as JSON."""
         write_json(
             Path(file),
-            {"format": FORMAT, "method": self.method, "scheme": self.scheme.name, "parameters": self.parameters},
+            {"format": FORMAT, "method": self.method, "scheme": asdict(self.scheme), "parameters": self.parameters},
         )
 
     @classmethod
@@ -95,7 +96,7 @@ class Calibration:
         value = read_json(Path(file))
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f"{file} is no calibration that this version reads")
-        return cls(value["method"], get_scheme(value["scheme"]), value["parameters"])
+        return cls(value["method"], from_dict(LabelScheme, value["scheme"]), value["parameters"])
 
 
 class CalibratedJudge:

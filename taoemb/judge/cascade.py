@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from taoemb.catalog import Item, Query
-from taoemb.judge.schemes import LabelScheme, scheme_of
+from taoemb.judge.schemes import LabelScheme, ScoreFn, scheme_of
 from taoemb.judge.verdicts import fingerprint
 from taoemb.types import JudgeOutput, RelevanceJudge
 
@@ -36,12 +36,15 @@ class CascadeJudge:
                 "give two judges with the same labels"
             )
         self.name, self.cheap, self.strong, self.sure = name, cheap, strong, sure
+        self.score_fn: ScoreFn = getattr(
+            strong, "score_fn", "expected"
+        )  # one for both: scores of two kinds do not compare
         self.asked = self.passed_on = 0
 
     @property
     def fingerprint(self) -> str:
         """Changes with either judge and ``sure``."""
-        return fingerprint("cascade", self.cheap.fingerprint, self.strong.fingerprint, float(self.sure))
+        return fingerprint("cascade", self.cheap.fingerprint, self.strong.fingerprint, float(self.sure), self.score_fn)
 
     def score(self, pairs: Sequence[tuple[Query, Item]]) -> JudgeOutput:
         """Judge ``N`` pairs."""
@@ -50,15 +53,15 @@ class CascadeJudge:
         self.asked += len(pairs)
         self.passed_on += len(rows)
         if not len(rows):
-            return JudgeOutput(first.probs, first.score)
+            return self.scheme.output(first.probs, self.score_fn)
         second = self.strong.score([pairs[row] for row in rows.tolist()])
-        probs, score = first.probs.copy(), first.score.copy()
-        probs[rows], score[rows] = second.probs, second.score
+        probs = first.probs.copy()
+        probs[rows] = second.probs
         label_mass = None
         if second.label_mass is not None:
             label_mass = np.full(len(pairs), np.nan, dtype=np.float32)
             label_mass[rows] = second.label_mass
-        return JudgeOutput(probs, score, label_mass)
+        return self.scheme.output(probs, self.score_fn, label_mass)
 
 
 def _same_labels(one: LabelScheme, other: LabelScheme) -> bool:

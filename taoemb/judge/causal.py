@@ -31,7 +31,7 @@ ENOUGH_MASS = 0.9
 """A mean label mass under this warns: the model would rather write something else than a label."""
 _SHARING = 4  # candidates of a query from which on their common start pays for a pass of its own; our choice
 _SAMPLES = (
-    (Query("1", "red mug"), Item("1", "Acme mug")), (Query("2", "Lamp"), Item("2", "Desk lamp", price=4.5)),
+    (Query("1", "red mug"), Item("1", "Acme mug")), (Query("2", "Lamp"), Item("2", "Desk lamp", "of metal, for reading at night, " * 12, price=4.5)),
     (Query("3", ""), Item("3", "")), (Query("4", '"'), Item("4", "\u4e2d")),
 )  # fmt: skip
 """Pairs that begin as differently as pairs do: what their prompts have in common, all have."""
@@ -150,6 +150,10 @@ class CausalJudge:
         if any(other != answers for other in found) or not all(answers) or len(set(map(tuple, answers))) < len(answers):
             raise ValueError(f"the answers {self.scheme.answers} have no tokens of their own after this prompt; use other answers "
                              "(LabelScheme.answering)")  # fmt: skip
+        for one in answers:
+            if any(one is not other and other[: len(one)] == one for other in answers):
+                raise ValueError(f"the answers {self.scheme.answers}: one of them begins as another goes on, so that it is never less probable; "
+                                 "use other answers (LabelScheme.answering)")  # fmt: skip
         return answers, all(len(ids) == 1 for ids in answers)
 
     # -- from tokens to probabilities ------------------------------------------------------------------------------------
@@ -190,14 +194,12 @@ class CausalJudge:
                 cache = copy.deepcopy(head)
                 self._forward([start[len(self._head) :]], cache, 1)
                 yield from self._batches(rows, members, start, cache, keep)
-            length = len(self._head)
-            usual = [
-                i
-                for i in alone
-                if head is not None and len(rows[i]) >= length + keep and rows[i][:length] == self._head
-            ]
+            length, usual, others = len(self._head), list[int](), list[int]()
+            for i in alone:
+                fits = head is not None and len(rows[i]) >= length + keep and rows[i][:length] == self._head
+                (usual if fits else others).append(i)
             yield from self._batches(rows, usual, self._head, head, keep)
-            yield from self._batches(rows, [i for i in alone if i not in set(usual)], [], None, keep)
+            yield from self._batches(rows, others, [], None, keep)
 
     def _batches(
         self, rows: list[list[int]], members: list[int], start: list[int], cache: DynamicCache | None, keep: int
@@ -230,19 +232,45 @@ class CausalJudge:
         return logits
 
     def _shared_head(self) -> DynamicCache | None:
-        """Keys and values of what all prompts begin with; None for models that keep something else than all keys and values
-        (sliding windows, recurrent states), which cannot be shared so."""
-        if self._head_cache is None and self._reuses is None and self._head:
+        """Keys and values of what all prompts begin with, once it is known that this model gives the same with them: none for
+        models that keep something else (sliding windows, recurrent states), or whose positions are those of the slots."""
+        if self._reuses is None:
+            self._reuses = False
             ids = torch.tensor([self._head], device=self.device)
             cache = getattr(self.model(input_ids=ids, use_cache=True, logits_to_keep=1), "past_key_values", None)
-            self._reuses = isinstance(cache, DynamicCache) and all(
-                type(layer) is DynamicLayer for layer in cache.layers
-            )
-            self._head_cache = cache if self._reuses else None
+            if (
+                self._head
+                and isinstance(cache, DynamicCache)
+                and all(type(layer) is DynamicLayer for layer in cache.layers)
+            ):
+                self._reuses = self._agrees(cache)
+                self._head_cache = cache if self._reuses else None
+            if not self._agrees(None):
+                self.batch_size = 1  # even padding changes its answers
         return self._head_cache
 
+    def _agrees(self, cache: DynamicCache | None) -> bool:
+        """Whether rows of different length, padded and behind a cache, get the label probabilities of plain forward passes."""
+        rows = [self._ids(query, item, "") for query, item in _SAMPLES[:2]]
+        wanted = torch.tensor([ids[0] for ids in self._answers], device=self.device)
+        alone = [torch.softmax(self._forward([row], None, 1)[0, -1, wanted].float(), -1) for row in rows]
+        start, shared = 0, None
+        if cache is not None:
+            start, shared = len(self._head), copy.deepcopy(cache)
+            shared.batch_repeat_interleave(len(rows))
+        together = torch.softmax(self._forward([row[start:] for row in rows], shared, 1)[:, -1, wanted].float(), -1)
+        return float((together - torch.stack(alone)).abs().max()) < (
+            1e-4 if self.model.dtype == torch.float32 else 0.03
+        )
+
     def _check_mass(self, mass_N: FloatArray) -> None:
-        if len(mass_N) and mass_N.mean() < ENOUGH_MASS and not self._warned:
+        if len(mass_N) and np.isnan(mass_N).any() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"judge {self.name!r} gives {np.isnan(mass_N).mean():.0%} of the pairs no number (NaN), and abstains there: load it with "
+                f"dtype='float32' or 'bfloat16' (it is {self.model.dtype})", stacklevel=3,
+            )  # fmt: skip
+        elif len(mass_N) and mass_N.mean() < ENOUGH_MASS and not self._warned:
             self._warned = True
             warnings.warn(
                 f"judge {self.name!r} gives its labels {mass_N.mean():.2f} of the probability in the mean: it would rather write "

@@ -21,6 +21,10 @@ from taoemb.config import from_dict
 from taoemb.files import read_json, write_json
 from taoemb.judge.schemes import GRADES_4, LabelScheme
 
+_CONTROL = re.compile(
+    r"<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|</?(?:think|tool_call|tool_response)>", re.IGNORECASE
+)
+"""Control tokens of the usual chat templates; a server's tokenizer is not at hand."""
 PROMPT_FILE = "taoemb_judge.json"
 """Beside the weights of a trained judge: the prompt that it was trained with."""
 
@@ -67,7 +71,10 @@ class JudgePrompt:
         lines = [f"Query: {_quoted(_cut(query.text, self.max_chars))}"]
         if context:
             lines.append(f"Context: {_quoted(context)}")
-        return "\n".join([*lines, f"Item: {_quoted(self.fields(item))}"])
+        text = "\n".join([*lines, f"Item: {_quoted(self.fields(item))}"])
+        while (plain := _CONTROL.sub(" ", text)) != text:  # what is left may be a token again
+            text = plain
+        return text
 
     def fields(self, item: Item) -> dict[str, object]:
         """What is shown of an item."""
@@ -78,10 +85,9 @@ class JudgePrompt:
             shown["price"] = item.price
         attributes: dict[str, str] = {}
         for name, value in item.attributes.items():
-            left -= len(name) + len(value)
-            if left < 0:
-                break
-            attributes[name] = value
+            if len(name) + len(value) <= left:
+                left -= len(name) + len(value)
+                attributes[name] = value
         if attributes:
             shown["attributes"] = attributes
         if item.description and left > 0:
@@ -108,6 +114,13 @@ class JudgePrompt:
         """The prompt beside a model's weights; None where there is none. Raises ValueError when it cannot be read."""
         file = Path(folder) / PROMPT_FILE
         return from_dict(cls, read_json(file)) if file.is_file() else None
+
+
+_SETTINGS: dict[str, Any] = {
+    "enable_thinking": False,  # the label comes first
+    "date_string": "26 Jul 2024", "strftime_now": lambda _: "26 Jul 2024",  # a verdict must not depend on the day
+}  # fmt: skip
+"""What chat templates are told."""
 
 
 class ModelPrompt:
@@ -145,7 +158,7 @@ class ModelPrompt:
 
     def _template(self, messages: Sequence[dict[str, str]]) -> str:
         return str(self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False,  # the label comes first
+            messages, tokenize=False, add_generation_prompt=True, **_SETTINGS
         ))  # fmt: skip
 
     def _system_role(self) -> bool:

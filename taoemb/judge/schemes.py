@@ -108,6 +108,14 @@ class LabelScheme:
         """The labels of a catalog's grades 0..3, ``[N]``."""
         return np.array(self.of_grade, dtype=np.int64)[np.asarray(grades, dtype=np.int64)]
 
+    def grades(self, labels: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The best catalog grade 0..3 of each label, ``[N]``; -1 of -1, a judge's abstention."""
+        best = [
+            max((g for g in range(MAX_GRADE + 1) if self.of_grade[g] <= label), default=0) for label in range(len(self))
+        ]
+        found = np.asarray(labels, dtype=np.int64)
+        return np.where(found < 0, -1, np.array(best, dtype=np.int64)[found])
+
     def answering(self, *answers: str) -> LabelScheme:
         """The same labels with other answers, such as ``"A"``, ``"B"``, the worst first."""
         return replace(self, answers=answers)

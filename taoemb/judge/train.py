@@ -30,7 +30,7 @@ from taoemb.contrastive import check_positive
 from taoemb.files import read_json, replace_folder, write_json, write_text
 from taoemb.judge.causal import CausalJudge, load_causal
 from taoemb.judge.chains import pass_at_k
-from taoemb.judge.examples import Example, Style, parse_label, shop_examples
+from taoemb.judge.examples import Example, Style, parse, shop_examples
 from taoemb.judge.prompts import RULES, JudgePrompt, ModelPrompt
 from taoemb.judge.sampling import Sampled, difficult, preference_pairs, sample_completions
 from taoemb.judge.schemes import get_scheme
@@ -382,7 +382,10 @@ class JudgeTrainer:
 
         def right_label(completions: list[Any], answer: list[int], **_: Any) -> list[float]:
             texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-            return [float(parse_label(text, style, scheme) == label) for text, label in zip(texts, answer, strict=True)]
+            chains = [parse(text, style, scheme) for text in texts]
+            return [
+                float(c.label == label and (c.ok or style == "label")) for c, label in zip(chains, answer, strict=True)
+            ]
 
         return right_label
 
