@@ -102,7 +102,7 @@ def test_a_sliding_window_is_not_shared(tiny_chat_llm, pairs):
 def test_a_model_whose_positions_are_slots_is_not_shared(tiny_chat_llm, pairs):
     """GPT-Neo's local attention counts slots: padding behind a cached start would move its window."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_llm)
-    config = GPTNeoConfig(vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=4, window_size=32, intermediate_size=64,
+    config = GPTNeoConfig(vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=4, window_size=150, intermediate_size=64,
                           attention_types=[[["global", "local"], 1]], max_position_embeddings=1024, initializer_range=0.3)  # fmt: skip
     torch.manual_seed(0)
     judge = CausalJudge(GPTNeoForCausalLM(config), tokenizer=tokenizer)
