@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from taoemb.catalog import Catalog, Item, Query, QuerySet
     from taoemb.judge.build import JudgeBuilder
     from taoemb.judge.evaluation import JudgeEvaluation
+    from taoemb.types import JudgeOutput, RelevanceJudge
+
+_SHOWN = 512  # pairs between two looks at the progress; our choice
 
 judge_app = typer.Typer(
     help="Relevance judges: train and distil one, measure any, write verdicts.", no_args_is_help=True
@@ -51,6 +54,7 @@ def judge_score(
     """Write a judge's verdicts on pairs to OUT/verdicts.parquet; a second call goes on after a kill."""
     import pyarrow as pa
 
+    from taoemb.files import read_json, write_json
     from taoemb.judge.schemes import scheme_of
     from taoemb.tables import write_table
 
@@ -58,7 +62,19 @@ def judge_score(
     found = _run_pairs(builder, pairs) if pairs else builder.graded_pairs(list(builder.catalog.qrels))[0]
     if not found:
         raise ValueError(f"{data} grades no pairs; give a TREC run file with --pairs")
-    output, names = builder.judge.score(found), scheme_of(builder.judge).names
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "judge": builder.judge.name,
+        "fingerprint": builder.judge.fingerprint,
+        "settings": judge,
+        "catalog": str(data),
+    }
+    told = out / "verdicts.json"
+    if told.exists() and read_json(told)["fingerprint"] != facts["fingerprint"]:
+        raise ValueError(f"{out} holds verdicts of {read_json(told)['settings']!r}; give another folder with --out")
+    write_json(told, facts)
+    typer.echo(f"{builder.judge.name}: {len(found):,} pairs", err=True)
+    output, names = _scored(builder.judge, found), scheme_of(builder.judge).names
     columns: dict[str, Any] = {
         "query_id": [query.id for query, _ in found], "item_id": [item.id for _, item in found],
         "label": [names[label] if label >= 0 else None for label in output.grade.tolist()], "score": output.score,
@@ -66,7 +82,6 @@ def judge_score(
     }  # fmt: skip
     if output.label_mass is not None:
         columns["label_mass"] = output.label_mass
-    out.mkdir(parents=True, exist_ok=True)
     write_table(pa.table(columns), out / "verdicts.parquet")
     typer.echo(f"{out / 'verdicts.parquet'}: {len(found):,} verdicts of {builder.judge.name}", err=True)
 
@@ -77,7 +92,12 @@ def judge_eval(
     data: Data,
     out: Out,
     judge: Judges = None,
-    split: Annotated[str, typer.Option(help="Queries of this split that have grades; empty for all.")] = "test",
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Graded queries of this split, empty for all; by default 'test', or where no query is of it, all that are not for training."
+        ),
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Pairs to judge, at most; drawn at random.")] = 2000,
     attacks: Annotated[int, typer.Option(help="Pairs that are changed to fool the judge, at most.")] = 300,
     reasons: Annotated[int, typer.Option(help="Completions that a language model writes for each of 200 pairs.")] = 0,
@@ -105,7 +125,11 @@ def judge_eval(
     examples = _graded(builders[0], data, split, pairs, seed, held)
     graded, grades = [(e.query, e.item) for e in examples], [e.grade for e in examples]
     labels_of = str(catalog.metadata.get("labels", "the catalog's grades"))
-    facts = {"Catalog": str(data), "Split": split or "all", "True labels": labels_of}
+    facts = {
+        "Catalog": str(data),
+        "Split": "not for training" if split is None else split or "all",
+        "True labels": labels_of,
+    }
     evaluations: list[JudgeEvaluation] = []
     for builder, words in zip(builders, asked, strict=True):
         scheme = scheme_of(builder.judge)
@@ -211,10 +235,11 @@ def judge_serve(
     served = _served_name(Path(model))
     command = ["vllm", "serve", model, "--served-model-name", served, "--enable-prefix-caching", *context.args]
     prompt = f" judge.prompt={model}" if Path(model).is_dir() else ""
+    port = context.args[context.args.index("--port") + 1] if "--port" in context.args[:-1] else "8000"
     typer.echo(shlex.join(command), err=True)
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("vllm is not installed here; install it with: pip install vllm (it needs a GPU), then run the line above. "
-                          f"Ask it with judge.kind=openai_server judge.url=http://HOST:8000/v1 judge.model={served}{prompt}")  # fmt: skip
+                          f"Ask it with judge.kind=openai_server judge.url=http://HOST:{port}/v1 judge.model={served}{prompt}")  # fmt: skip
     os.execvp(command[0], command)
 
 
@@ -274,8 +299,30 @@ def _builder(catalog: Catalog, words: str, out: Path) -> JudgeBuilder:
     from taoemb.config import load_config
     from taoemb.judge.build import JudgeBuilder, JudgeConfig
 
-    config = load_config(JudgeConfig, None, shlex.split(words))
+    try:
+        config = load_config(JudgeConfig, None, shlex.split(words))
+    except ValueError as error:
+        raise ValueError(f"--judge {words!r}: {error}. Settings in one word look like 'kind=soft_logic'") from None
     return JudgeBuilder(config, catalog, out, lambda text: typer.echo(text, err=True))
+
+
+def _scored(judge: RelevanceJudge, pairs: Sequence[tuple[Query, Item]]) -> JudgeOutput:
+    """The verdicts, with a progress bar."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from taoemb.types import JudgeOutput
+
+    parts = []
+    with tqdm(total=len(pairs), unit="pair", disable=None) as bar:
+        for start in range(0, len(pairs), _SHOWN):
+            parts.append(judge.score(pairs[start : start + _SHOWN]))
+            bar.update(min(_SHOWN, len(pairs) - start))
+    known = [part.label_mass for part in parts if part.label_mass is not None]
+    mass = np.concatenate(known) if len(known) == len(parts) else None
+    return JudgeOutput(
+        np.concatenate([part.probs for part in parts]), np.concatenate([part.score for part in parts]), mass
+    )
 
 
 def _run_pairs(builder: JudgeBuilder, file: Path) -> list[tuple[Query, Item]]:
@@ -286,22 +333,30 @@ def _run_pairs(builder: JudgeBuilder, file: Path) -> list[tuple[Query, Item]]:
     return [(queries[query], items[int(i)]) for query, ranked in found.items() for i in items.positions(ranked)]
 
 
-def _graded(builder: JudgeBuilder, data: Path, split: str, count: int, seed: int, held: set[str]) -> Sequence[Any]:
+def _graded(
+    builder: JudgeBuilder, data: Path, split: str | None, count: int, seed: int, held: set[str]
+) -> Sequence[Any]:
     """Graded pairs as examples: the generated shop's with their verdicts, else those that the catalog lists."""
     import numpy as np
 
     from taoemb.judge.examples import Example, shop_examples
     from taoemb.shop import Shop
 
-    if (data / "truth.parquet").exists() and split:
-        found = shop_examples(Shop.load(data), count, seed, split=split, balance=False)
+    if (data / "truth.parquet").exists() and split != "":
+        found = shop_examples(Shop.load(data), count, seed, split=split or "test", balance=False)
         return [example for example in found if example.query.id not in held]
     catalog = builder.catalog
-    ids = [q.id for q in catalog.queries if q.id in catalog.qrels and split in ("", q.split) and q.id not in held]
+    graded = (
+        builder.graded_queries
+        if split is None
+        else [q.id for q in catalog.queries if q.id in catalog.qrels and split in ("", q.split)]
+    )
+    ids = [query for query in graded if query not in held]
     pairs, grades = builder.graded_pairs(ids)
     if not pairs:
         have = sorted({q.split or "(none)" for q in catalog.queries if q.id in catalog.qrels and q.id not in held})
-        raise ValueError(f"{data} grades no query of split {split!r} that no judge is fitted on; there are {have or 'none'}: use --split '' "
+        asked = "" if split is None else f"of split {split!r} "
+        raise ValueError(f"{data} grades no query {asked}that no judge is fitted on; there are {have or 'none'}: use --split '' "
                          "for all")  # fmt: skip
     drawn = np.sort(np.random.default_rng([seed, 2]).permutation(len(pairs))[:count])
     return [Example(pairs[i][0], pairs[i][1], grades[i]) for i in drawn]

@@ -57,6 +57,7 @@ def test_score_writes_verdicts_and_goes_on(shop, tiny_chat_llm, tmp_path):
     before = (tmp_path / "v" / "verdicts.parquet").read_bytes()
     run(*words, "--pairs", tmp_path / "top.run")
     assert (tmp_path / "v" / "verdicts.parquet").read_bytes() == before
+    assert "holds verdicts of" in run(*words[:-1], "kind=soft_logic", "--pairs", tmp_path / "top.run", code=2)
     oracle = ["judge", "score", "--data", shop, "--out", tmp_path / "o", "--judge", "kind=oracle"]
     run(*oracle)
     graded = pq.read_table(shop / "qrels.parquet")
@@ -91,6 +92,21 @@ def test_eval_compares_judges(shop, tiny_chat_llm, tmp_path):
     assert set(llm["generated"]) >= {"pass@1", "pass@2", "format_failure"}
     assert not soft["generated"]
     assert "<script" not in (tmp_path / "judge.html").read_text()
+
+
+def test_eval_takes_queries_without_a_split(tmp_path):
+    (tmp_path / "cat").mkdir()
+    titles = ["red mug", "blue mug", "desk lamp", "running shoe"]
+    (tmp_path / "cat" / "items.csv").write_text(
+        "id,title\n" + "".join(f"i{n},{title}\n" for n, title in enumerate(titles))
+    )
+    (tmp_path / "cat" / "queries.csv").write_text("id,query\nq0,mug\nq1,lamp\n")
+    (tmp_path / "cat" / "qrels.csv").write_text(
+        "query_id,item_id,grade\n" + "".join(f"q{q},i{i},{3 * (i // 2 == q)}\n" for q in (0, 1) for i in (0, 1, 2))
+    )
+    words = ["judge", "eval", "--data", tmp_path / "cat", "--judge", "kind=soft_logic", "--attacks", 0]
+    assert "6 pairs" in run(*words, "--out", tmp_path / "a")
+    assert "grades no query of split 'test'" in run(*words, "--out", tmp_path / "b", "--split", "test", code=2)
 
 
 def test_eval_refuses_what_does_not_compare(shop, tiny_chat_llm, tmp_path):
@@ -149,6 +165,7 @@ def test_train_and_distil_and_use(shop, tiny_chat_llm, tiny_bert, static_model, 
     assert "judge.kind=hf_causal" in run(*words)
     assert "is there" in run(*words)
     assert "sft.steps differ" in run(*words, "sft.steps=3", code=2)
+    run(*words, "grpo.balance=false")  # of a stage that was not begun
     judge = tmp_path / "llm" / "sft" / "model"
     distil = ["judge", "distill", "--data", shop, "--out", tmp_path / "ce", "--judge", f"kind=hf_causal model={judge}", "--model", tiny_bert,
               "--per-query", 2, "steps=3", "batch_size=4", "save_steps=3"]  # fmt: skip

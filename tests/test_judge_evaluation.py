@@ -519,7 +519,7 @@ def test_text_tells_metrics_slices_attacks(evaluations):
     value, (low, high) = evaluations[0].values["kappa"], evaluations[0].overall.intervals["kappa"]
     shown = [f"{v:.3f}".removeprefix("0") for v in (value, low, high)]
     assert re.search(rf"^Kappa +{shown[0]} +\[{shown[1]}, {shown[2]}\]$", text, re.M)
-    for word in ("F1 Excellent", "negation", "keyword_stuffing", "it may know pairs by their ids", "pass@8"):
+    for word in ("F1 Excellent", "negation", "keyword_stuffing", "it does not read what was changed", "pass@8"):
         assert word in text
     assert max(map(len, text.splitlines())) < 121
     both = compare_text(evaluations)

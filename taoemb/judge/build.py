@@ -149,8 +149,9 @@ class JudgeBuilder:
             return []
         lacking = self._why_not_fitted()
         if lacking:
-            raise ValueError(f"judge.kind={self.kind}: {lacking}; raise judge.calibration_share, or use judge.kind=mean or "
-                             "judge.calibration=none, which need no grades")  # fmt: skip
+            instead = "judge.kind=mean" if "ensemble" in (self.kind, *self.config._parts) else "judge.calibration=none"
+            raise ValueError(f"judge.kind={self.kind}: {lacking}; raise judge.calibration_share where there are graded queries enough, or "
+                             f"use {instead}, which needs no grades")  # fmt: skip
         return self._drawn_queries
 
     @cached_property

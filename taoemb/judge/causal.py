@@ -273,7 +273,7 @@ class CausalJudge:
         elif len(mass_N) and mass_N.mean() < ENOUGH_MASS and not self._warned:
             self._warned = True
             warnings.warn(
-                f"judge {self.name!r} gives its labels {mass_N.mean():.2f} of the probability in the mean: it would rather write "
+                f"judge {self.name!r} gives its labels {mass_N.mean():.3f} of the probability in the mean: it would rather write "
                 "something else. Train it on the labels, or use answers and a prompt that it follows",
                 stacklevel=3,
             )

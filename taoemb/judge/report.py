@@ -39,7 +39,7 @@ ATTACKS = {
 }
 MAX_SLICES = 12
 NO_BREAK = "\N{NON-BREAKING HYPHEN}"
-_NEVER_MOVED = "no score changed: it may know pairs by their ids"
+_NEVER_MOVED = "no score changed: it does not read what was changed"
 _CSS = """.heat{table-layout:fixed}.heat td,.heat th{text-align:center;padding:6px 2px;border:0;vertical-align:middle}
 .heat th{font-size:11px;font-weight:400;overflow-wrap:anywhere}.heat th:first-child{text-align:right;padding-right:6px}
 .heat td{background:rgb(31 122 190 / var(--a))}.heat .own{outline:1.5px solid var(--soft);outline-offset:-2px}

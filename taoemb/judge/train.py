@@ -203,10 +203,13 @@ class JudgeTrainer:
         file = self.run_dir / "config.yaml"
         digest = "" if self._given is None else fingerprint(*self._given)
         if file.exists():
-            changed = diff(load_config(JudgeTrainConfig, file), self.config)
+            known = load_config(JudgeTrainConfig, file)
+            changed = self._not_to_change(known)
             if changed:
                 raise ValueError(f"{self.run_dir} was started with other settings ({', '.join(changed)} differ); repeat them to go on, or "
                                  "give another folder")  # fmt: skip
+            if known != self.config:
+                save_config(self.config, file)
             if read_json(self.run_dir / "examples.json")["digest"] != digest:
                 raise ValueError(
                     f"{self.run_dir} was started with other examples; repeat them to go on, or give another folder"
@@ -217,6 +220,18 @@ class JudgeTrainer:
             raise ValueError(f"{self.run_dir} is not empty and no run folder (no config.yaml); give another folder")
         write_json(self.run_dir / "examples.json", {"digest": digest})
         save_config(self.config, file)
+
+    def _not_to_change(self, known: JudgeTrainConfig) -> list[str]:
+        """Settings that differ from those of the stages that were begun; those of later stages may be given anew."""
+        begun = [stage for stage in known.stages if (self.run_dir / stage).exists()]
+        if not begun:
+            return []
+        fixed = {"kto": "dpo"}  # shares its settings
+        free = {"sft", "dpo", "grpo"} - {fixed.get(stage, stage) for stage in begun if (self.run_dir / stage / "model").exists()
+                                         or any((self.run_dir / stage).glob("checkpoints/*"))}  # fmt: skip
+        if self.config.stages[: len(begun)] == tuple(begun):
+            free.add("stages")
+        return [name for name in diff(known, self.config) if name.partition(".")[0] not in free]
 
     def run(self) -> Path:
         """Train what is missing."""
@@ -337,7 +352,8 @@ class JudgeTrainer:
         kept = difficult(sampled.correct(labels), labels, settings.difficulty, settings.balance, self.config.seed)
         if not kept:
             raise ValueError(f"grpo: of {len(examples)} prompts none has right and wrong completions of every label; raise grpo.prompts or "
-                             "grpo.temperature, set grpo.balance=false, or leave the stage out")  # fmt: skip
+                             "grpo.temperature, set grpo.balance=false, or leave the stage out with "
+                             f"stages=[...]: the same folder goes on")  # fmt: skip
         if len(kept) < settings.batch_size:  # TRL drops the last part of a batch, and would train nothing
             raise ValueError(f"grpo: {len(kept)} of {len(examples)} prompts are neither too easy nor too hard, fewer than "
                              f"grpo.batch_size={settings.batch_size}; raise grpo.prompts or lower grpo.batch_size")  # fmt: skip
