@@ -10,6 +10,7 @@ by itself, and the optimiser's moments of its own share of the weights.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class World:
             if gpus:
                 torch.cuda.set_device(local)
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
+            atexit.register(_leave)
         return cls()
 
     @property
@@ -134,3 +136,9 @@ class World:
         yield
         if self.owner:
             self.wait()
+
+
+def _leave() -> None:
+    """End the group before the interpreter does: gloo's threads, still running then, abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
