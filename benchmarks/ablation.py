@@ -5,8 +5,8 @@
 
 ``--runs`` are finished run folders that differ in their seed (`benchmarks/seeds.py` makes them): each gives its stage-1 model, its
 catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the
-`flip_noise` of an oracle judge, or ``binary``, a judge that tells good from bad alone; settings of the ``backbone`` are named so
-(``backbone.tower``). ``{model: untrained}``, or another model's folder or name, is evaluated as it is. ``stage1`` is always a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
+`flip_noise` of an oracle judge, or ``binary``, a judge that tells good from bad alone; settings of the ``backbone`` and of another ``judge``
+are named so (``backbone.tower``, ``judge.kind``). ``{model: untrained}``, or another model's folder or name, is evaluated as it is. ``stage1`` is always a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
 ``--against`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
 
@@ -28,6 +28,7 @@ from taoemb.files import read_json, write_json
 from taoemb.index.exact import ExactIndex
 from taoemb.job import TrainConfig, TrainJob
 from taoemb.judge import OracleJudge
+from taoemb.judge.build import JudgeBuilder
 from taoemb.pretrained import model_path
 from taoemb.rewards import RelevanceReward
 from taoemb.store import encode_corpus
@@ -36,6 +37,7 @@ from taoemb.types import JudgeOutput, RelevanceJudge
 
 SHOWN = ("ndcg@10", "condensed_ndcg@10", "auc", "recall@100", "goodrate@10", "quality@10", "overlap@10",
          "exclusive_goodrate@10")  # fmt: skip
+WHOLE = ("backbone.", "judge.")
 GAPS = ("condensed_ndcg@10", "auc", "ndcg@10")
 
 
@@ -81,7 +83,7 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
             else Encoder(model_path(settings["model"]), template=job.config.template)
         )
     elif settings is not None:
-        overrides = [f"{key if key.startswith('backbone.') else f'stage2.{key}'}={value}" for key, value in settings.items()
+        overrides = [f"{key if key.startswith(WHOLE) else f'stage2.{key}'}={value}" for key, value in settings.items()
                      if key not in ("noise", "binary")]  # fmt: skip
         overrides.append("systems=[stage1,retrieval_grpo]")  # the run may have rows of policies
         whole = load_config(TrainConfig, run / "config.yaml", overrides)
@@ -89,6 +91,8 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
         prepare(encoder, whole.backbone)
         functions, weights = job._rewards(config)
         for function in functions:
+            if isinstance(function, RelevanceReward) and whole.judge != job.config.judge:
+                function.judge = JudgeBuilder(whole.judge, job.catalog, folder / "judge", print).judge
             if isinstance(function, RelevanceReward) and "noise" in settings:
                 oracle = function.judge
                 if not isinstance(oracle, OracleJudge):

@@ -1,10 +1,10 @@
 """The stages of TaoSR1 on the generated shop: label alone, reasons before and after the label, preferences, GRPO; how many seeds you like.
 
-    python benchmarks/judge_stages.py --data runs/shop-20000-0 --out runs/judge_stages --seeds 0 1 2 --scratch 128x3
-    python benchmarks/judge_stages.py --data runs/shop-20000-0 --out runs/judge_stages --model SmolLM2-135M.gguf judge-settings...
+    python benchmarks/judge_stages.py --data runs/shop-20000-0 --out runs/judge_stages --model SmolLM2-135M.gguf settings...
+    python benchmarks/judge_stages.py --data runs/shop-20000-0 --out runs/judge_stages --model SmolLM2-135M.gguf --layers 4 settings...
 
-``--scratch WIDTHxLAYERS`` makes a Llama of that size with random weights and a byte-level BPE tokenizer over the shop's own words, for
-machines that cannot train a real one. Words after the options are settings of `JudgeTrainConfig` for every run. Rows: the start model
+``--layers N`` keeps the first N layers of a Llama and those of its tokens that the shop and the folders of ``--corpora`` need, for
+machines that cannot train the whole; there is no row of the start model then. Words after the options are settings of `JudgeTrainConfig` for every run. Rows: the start model
 (zero-shot), ``label``, ``pre`` and ``post`` after supervised fine-tuning, ``post`` after DPO and after GRPO, and GRPO on prompts as they come
 in the place of as many of each grade. Graded on pairs of test queries: the label is the most probable answer at the first place, for
 ``pre`` the one that a greedy completion ends with. Prints a Markdown table and writes ``OUT/judge_stages.json``; what is there is not
@@ -14,17 +14,21 @@ computed again.
 from __future__ import annotations
 
 import argparse
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
+from taoemb.catalog import Catalog, Query
 from taoemb.config import load_config
-from taoemb.files import read_json, write_json
+from taoemb.files import read_json, replace_folder, write_json
 from taoemb.judge import CausalJudge
+from taoemb.judge.causal import load_causal
 from taoemb.judge.chains import chain_metrics, pass_at_k
 from taoemb.judge.evaluation import evaluate_judge
 from taoemb.judge.examples import parse, parse_label, shop_examples
@@ -39,6 +43,9 @@ from taoemb.types import JudgeOutput
 SHOWN = ("macro_f1", "good_f1", "accuracy", "auc", "ece", "pass@1", "pass@5", "format_failure", "step_accuracy", "rule_adherence",
          "discriminative_hallucination")  # fmt: skip
 RULES = "Judge how well the item serves the query."  # short: a small model on a CPU reads it for every pair
+MAX_CHARS = 100
+RARE = 10
+"""A token that the corpora hold less often is not kept."""
 
 
 def main() -> None:
@@ -47,19 +54,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--model")
-    start.add_argument("--scratch", metavar="WIDTHxLAYERS")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--layers", type=int, help="keep the first ones alone")
+    parser.add_argument("--corpora", type=Path, nargs="+", default=[], help="catalogs whose tokens are also kept")
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs")
     parser.add_argument("--written", type=int, default=200, help="test pairs for which completions are written")
     parser.add_argument("settings", nargs="*")
     arguments = parser.parse_args()
     shop = Shop.load(arguments.data)
     rows: dict[str, list[dict[str, float]]] = {}
+    model = arguments.model
+    if arguments.layers:
+        model = str(cut(model, arguments.layers, [arguments.data, *arguments.corpora], arguments.out / "start"))
     for seed in arguments.seeds:
-        folder = arguments.out / f"seed{seed}"
-        model = arguments.model or scratch(shop, arguments.scratch, seed, folder / "start")
-        for name, found in one_seed(arguments, shop, str(model), seed, folder).items():
+        for name, found in one_seed(arguments, shop, model, seed, arguments.out / f"seed{seed}").items():
             rows.setdefault(name, []).append(found)
     result = {name: {key: [row[key] for row in found if key in row] for key in SHOWN} for name, found in rows.items()}
     write_json(
@@ -78,7 +86,7 @@ def one_seed(
     arguments: argparse.Namespace, shop: Shop, model: str, seed: int, folder: Path
 ) -> dict[str, dict[str, float]]:
     """stage -> metrics."""
-    base = [f"data={arguments.data}", f"seed={seed}", f"rules={RULES}", "max_chars=160", *arguments.settings]
+    base = [f"data={arguments.data}", f"seed={seed}", f"rules={RULES}", f"max_chars={MAX_CHARS}", *arguments.settings]
     found: dict[str, dict[str, float]] = {}
 
     def measured(name: str, trained: str | Path, style: str) -> None:
@@ -91,7 +99,8 @@ def one_seed(
         config = load_config(JudgeTrainConfig, None, [*base, f"model={start}", f"stages=[{stages}]", *words])
         JudgeTrainer(config, folder / name, say=lambda text: print(f"seed {seed}, {name}, {text}", flush=True)).run()
 
-    measured("zero-shot", model, "post")
+    if not arguments.layers:  # a part of a model says nothing
+        measured("zero-shot", model, "post")
     for style in ("label", "pre"):
         run(style, model, "sft", f"style={style}")
         measured(style, folder / style / "sft" / "model", style)
@@ -125,7 +134,7 @@ def measure(arguments: argparse.Namespace, shop: Shop, model: str | Path, style:
     """Of one model."""
     judge = CausalJudge(model)
     if judge.prompt.rules != RULES:  # the start model has none saved
-        judge = CausalJudge(judge.model, tokenizer=judge.tokenizer, prompt=JudgePrompt(GRADES_4, RULES, 160))
+        judge = CausalJudge(judge.model, tokenizer=judge.tokenizer, prompt=JudgePrompt(GRADES_4, RULES, MAX_CHARS))
     examples = shop_examples(shop, arguments.pairs, 7, split="test", balance=False)
     labels = [e.grade for e in examples]
     graded = Parsed(judge, examples, folder / "greedy_all.jsonl") if style == "pre" else judge
@@ -143,43 +152,55 @@ def measure(arguments: argparse.Namespace, shop: Shop, model: str | Path, style:
     return {name: float(value) for name, value in found.items() if value == value}
 
 
-def scratch(shop: Shop, size: str, seed: int, folder: Path) -> Path:
-    """A small language model that has read nothing."""
+def cut(model: str, layers: int, corpora: list[Path], folder: Path) -> Path:
+    """The first layers of a Llama, with the tokens that the texts need: what of a real model a CPU can train."""
     if folder.exists():
         return folder
-    width, layers = map(int, size.split("x"))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|start|>", "<|end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        special_tokens=special,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    prompt, examples = JudgePrompt(GRADES_4, RULES, 160), shop_examples(shop, 8000, 99)
-    texts = [
-        text for e in examples for text in (prompt.system().lower(), prompt.user(e.query, e.item).lower(), e.reasons)
-    ]
-    tokenizer.train_from_iterator(texts, trainer)
-    template = "{% for m in messages %}<|start|>{{ m['content'] if m['role'] == 'assistant' else m['content'] | lower }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        bos_token="<|start|>",
-        chat_template=template,
-    ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
-        intermediate_size=3 * width, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    whole, tokenizer = load_causal(model, dtype="float32")
+    prompt, counts = JudgePrompt(GRADES_4, RULES, MAX_CHARS), Counter[int]()
+    for corpus in corpora:
+        catalog = Catalog.load(corpus)
+        texts = [prompt.user(Query("", ""), catalog.items[i]) for i in range(min(len(catalog.items), 20_000))]
+        texts += [query.text for query in catalog.queries]
+        for start in range(0, len(texts), 1000):
+            counts.update(token for row in tokenizer(texts[start : start + 1000])["input_ids"] for token in row)
+        if (corpus / "truth.parquet").exists():
+            for example in shop_examples(Shop.load(corpus), 8000, 99):
+                counts.update(tokenizer(example.reasons)["input_ids"])
+    counts.update(dict.fromkeys(tokenizer(prompt.system() + "".join(map(str, range(100))))["input_ids"], RARE))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab, merges = state["model"]["vocab"], [tuple(merge) for merge in state["model"]["merges"]]
+    token_of, parts = {number: token for token, number in vocab.items()}, {a + b: (a, b) for a, b in merges}
+    added = [token for token in state["added_tokens"] if token["content"] in vocab]
+    waiting = [token_of[number] for number, count in counts.items() if count >= RARE and number in token_of]
+    waiting += [token for token in vocab if len(token) == 1] + [token["content"] for token in added]
+    kept: set[str] = set()
+    while waiting:
+        token = waiting.pop()
+        if token not in kept:
+            kept.add(token)
+            waiting += parts.get(token, ())  # what it is merged from
+    order = sorted(kept, key=vocab.__getitem__)
+    state["model"]["vocab"] = {token: number for number, token in enumerate(order)}
+    state["model"]["merges"] = [list(merge) for merge in merges if "".join(merge) in kept and {*merge} <= kept]
+    state["added_tokens"] = [token | {"id": order.index(token["content"])} for token in added]
+    fewer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), chat_template=tokenizer.chat_template,
+        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
     )  # fmt: skip
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    rows = whole.get_input_embeddings().weight.detach()[torch.tensor([vocab[token] for token in order])]
+    whole.model.layers = whole.model.layers[:layers]
+    whole.config.num_hidden_layers = layers
+    whole.resize_token_embeddings(len(order))
+    with torch.no_grad():
+        whole.get_input_embeddings().weight.copy_(rows)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for settings in (whole.config, whole.generation_config):
+            setattr(settings, name, getattr(fewer, name))
+    with replace_folder(folder, "config.json") as beside:
+        whole.save_pretrained(beside)
+        fewer.save_pretrained(beside)
+    print(f"{folder}: {layers} layers, {len(order):,} tokens, {whole.num_parameters() / 1e6:.1f} million weights")
     return folder
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from taoemb.catalog import Item, Query
-from taoemb.judge import OpenAIJudge, openai_server
-from taoemb.judge.openai_server import JudgeServerError, _retry_after, _verdict
+from taoemb.judge import OpenAIJudge, chat_server
+from taoemb.judge.chat_server import JudgeServerError, _retry_after
+from taoemb.judge.openai_server import _verdict
 from taoemb.judge.prompts import JudgePrompt
 from taoemb.judge.schemes import BINARY, ESCI, GRADES_4
 from taoemb.types import RelevanceJudge
@@ -168,7 +169,7 @@ def truncated(handler, request):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(openai_server, "_BACKOFF", 0.02)
+    monkeypatch.setattr(chat_server, "_BACKOFF", 0.02)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -447,7 +448,7 @@ def test_a_pause_too_long_to_wait_for_is_an_error(server):
 
 
 def test_pauses_double(server, monkeypatch):
-    monkeypatch.setattr(openai_server, "_BACKOFF", 0.1)
+    monkeypatch.setattr(chat_server, "_BACKOFF", 0.1)
     server.script += [fail(500)] * 3
     OpenAIJudge(server.url, "m").score([PAIR])
     for pause, full in zip(np.diff(server.times), (0.1, 0.2, 0.4)):

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from taoemb.catalog import Item, Query
+from taoemb.catalog import Catalog, Item, Query
 from taoemb.judge.chains import ParsedChain
 from taoemb.judge.schemes import GRADES_4, LabelScheme
 from taoemb.shop import Shop
@@ -24,6 +24,8 @@ from taoemb.types import MAX_GRADE
 Style = Literal["post", "pre", "label"]
 _LINE = re.compile(r"^(Category|Attributes): (\w+)\s*$", re.MULTILINE)
 _GRADE = "Grade:"
+LINES = ("Product:", "Conditions:", "Category:", "Attributes:")
+"""What the lines of a chain begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,35 @@ def shop_examples(
         chosen += [graded[grade][i] for i in rng.choice(len(graded[grade]), wanted[grade], replace=False)]
     return [
         _example(queries[q], catalog.items[r], truth, r) for q, r in (chosen[i] for i in rng.permutation(len(chosen)))
+    ]
+
+
+def catalog_examples(
+    catalog: Catalog, n: int, seed: int = 0, *, split: str = "train", balance: bool = True
+) -> list[Example]:
+    """At most ``n`` graded pairs that a catalog lists for the queries of a split, without reasons, in random order; with ``balance``
+    as many of each grade, of one that is too rare all.
+
+    Raises ValueError when none is graded.
+    """
+    chosen = [q for q in catalog.queries if q.split == split and catalog.qrels.get(q.id)]
+    pairs = [(query, item_id, grade) for query in chosen for item_id, grade in catalog.qrels[query.id].items()]
+    if not pairs:
+        have = sorted({q.split or "(none)" for q in catalog.queries if catalog.qrels.get(q.id)})
+        raise ValueError(
+            f"no query of split {split!r} has grades; those with grades are of {', '.join(have) or 'no split'}"
+        )
+    rng = np.random.default_rng([seed, 8])
+    order = rng.permutation(len(pairs)).tolist()
+    if balance:
+        grades = [[i for i in order if pairs[i][2] == grade] for grade in range(MAX_GRADE + 1)]
+        order = rng.permutation(
+            [i for g, rows in enumerate(grades) for i in rows[: n * (g + 1) // 4 - n * g // 4]]
+        ).tolist()
+    items = catalog.items
+    return [
+        Example(query, items[int(items.positions([item_id])[0])], grade)
+        for query, item_id, grade in (pairs[i] for i in order[:n])
     ]
 
 

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,16 +24,17 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from taoemb.catalog import Item, Query
+from taoemb.catalog import Catalog, Item, Query
 from taoemb.config import diff, load_config, save_config
 from taoemb.contrastive import check_positive
 from taoemb.files import read_json, replace_folder, write_json, write_text
 from taoemb.judge.causal import CausalJudge, load_causal
 from taoemb.judge.chains import pass_at_k
-from taoemb.judge.examples import Example, Style, parse, shop_examples
+from taoemb.judge.examples import Example, Style, catalog_examples, parse, shop_examples
 from taoemb.judge.prompts import RULES, JudgePrompt, ModelPrompt
 from taoemb.judge.sampling import Sampled, difficult, preference_pairs, sample_completions
 from taoemb.judge.schemes import get_scheme
+from taoemb.judge.teacher import Teacher, TeacherConfig
 from taoemb.judge.verdicts import fingerprint
 from taoemb.shop import Shop
 
@@ -106,7 +107,9 @@ class JudgeTrainConfig:
     model: str = ""
     """Start model: a folder or hub id of a causal language model, or a GGUF file."""
     data: str = ""
-    """Folder of a generated shop, whose rules write the correct reasons."""
+    """Folder of a generated shop, whose rules write the correct reasons, or of a catalog with graded training queries."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """A model that writes the reasons, in the place of the shop's rules or for pairs that have none."""
     stages: tuple[Stage, ...] = ("sft", "dpo", "grpo")
     """In this order."""
     style: Style = "post"
@@ -117,7 +120,7 @@ class JudgeTrainConfig:
     rules: str = RULES
     """What the judge is told before the labels."""
     examples: int = 4000
-    """Graded pairs of training queries for ``sft`` [ours]."""
+    """Graded pairs of training queries for ``sft`` [ours]; of a catalog or a teacher for all stages."""
     balance: bool = True
     """As many of each grade."""
     max_new_tokens: int = 128
@@ -128,6 +131,8 @@ class JudgeTrainConfig:
     """Rank of LoRA adapters, merged after each stage; 0 trains all weights."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time."""
+    bf16: bool | None = None
+    """Autocast of the forward passes to bfloat16; by default where a GPU has it. A CPU with AVX-512 BF16 or AMX gains from it too."""
     save_steps: int = 100
     """Steps between checkpoints."""
     seed: int = 0
@@ -193,7 +198,7 @@ class JudgeTrainer:
     ) -> None:  # fmt: skip
         check_trl()
         if not config.model or not (config.data or examples):
-            raise ValueError("give the start model with model= and a generated shop with data=, or your own examples")
+            raise ValueError("give the start model with model= and a catalog with data=, or your own examples")
         self.config, self.run_dir, self.say = config, Path(run_dir), say
         self.scheme = get_scheme(config.scheme)
         self._given, self._teacher = examples, teacher
@@ -231,7 +236,8 @@ class JudgeTrainer:
                                          or any((self.run_dir / stage).glob("checkpoints/*"))}  # fmt: skip
         if self.config.stages[: len(begun)] == tuple(begun):
             free.add("stages")
-        return [name for name in diff(known, self.config) if name.partition(".")[0] not in free]
+        moved = {"teacher.url", "teacher.concurrency"}
+        return [name for name in diff(known, self.config) if name not in moved and name.partition(".")[0] not in free]
 
     def run(self) -> Path:
         """Train what is missing."""
@@ -253,9 +259,34 @@ class JudgeTrainer:
     @cached_property
     def examples(self) -> list[Example]:
         """Of ``sft``."""
-        if self._given is not None:
-            return list(self._given)
+        if self._pool is not None:
+            return self._pool
         return shop_examples(self._shop, self.config.examples, self.config.seed, balance=self.config.balance)
+
+    @cached_property
+    def _pool(self) -> list[Example] | None:
+        """Pairs that all stages draw from; None where the generated shop writes new ones for each."""
+        config = self.config
+        if self._given is not None:
+            pool = list(self._given)
+        elif (Path(config.data) / "truth.parquet").exists():
+            if not config.teacher.url:
+                return None
+            drawn = shop_examples(self._shop, config.examples, config.seed, balance=config.balance)
+            pool = [replace(example, reasons="") for example in drawn]
+        else:
+            pool = catalog_examples(Catalog.load(config.data), config.examples, config.seed, balance=config.balance)
+        if config.teacher.url and config.style != "label":
+            prompt = JudgePrompt(self.scheme, config.rules, config.max_chars)
+            pool = Teacher(config.teacher, prompt).write(pool, self.run_dir / "teacher.jsonl")
+        if self._given is None:
+            self.say(f"{len(pool):,} examples, {sum(bool(e.reasons) for e in pool):,} of them with reasons")
+        return pool
+
+    @cached_property
+    def _style(self) -> Style:
+        """``label`` where no example has reasons to learn."""
+        return self.config.style if self._pool is None or any(e.reasons for e in self._pool) else "label"
 
     @cached_property
     def _shop(self) -> Shop:
@@ -263,9 +294,9 @@ class JudgeTrainer:
 
     def _fresh(self, count: int, seed: int) -> list[Example]:
         """Examples for sampling, other ones than those of ``sft`` where the shop writes them."""
-        if self._given is not None:
-            order = np.random.default_rng([self.config.seed, seed]).permutation(len(self._given))[:count]
-            return [self._given[i] for i in order]
+        if self._pool is not None:
+            order = np.random.default_rng([self.config.seed, seed]).permutation(len(self._pool))[:count]
+            return [self._pool[i] for i in order]
         return shop_examples(self._shop, count, self.config.seed + seed, balance=self.config.balance)
 
     def labels(self, examples: Sequence[Example]) -> list[int]:
@@ -309,9 +340,7 @@ class JudgeTrainer:
             ]
             few = min(sum(row["label"] for row in rows), sum(not row["label"] for row in rows))
         else:
-            teacher = self._teacher or (
-                lambda e: self._completion(e) if e.reasons or self.config.style == "label" else None
-            )
+            teacher = self._teacher or (lambda e: self._completion(e) if e.reasons or self._style == "label" else None)
             pairs = preference_pairs(examples, sampled, labels, teacher)
             rows = [
                 {
@@ -391,10 +420,10 @@ class JudgeTrainer:
         return model, reads
 
     def _completion(self, example: Example) -> str:
-        return example.completion(self.config.style, self.scheme)
+        return example.completion(self._style, self.scheme)
 
     def _reward(self) -> Callable[..., list[float]]:
-        style, scheme = self.config.style, self.scheme
+        style, scheme = self._style, self.scheme
 
         def right_label(completions: list[Any], answer: list[int], **_: Any) -> list[float]:
             texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -409,7 +438,7 @@ class JudgeTrainer:
         self, stage: str, model: Any, reads: ModelPrompt, examples: Sequence[Example], n: int, temperature: float
     ) -> Sampled:
         return sample_completions(
-            model, reads, examples, n, self.run_dir / stage / "samples.jsonl", style=self.config.style, temperature=temperature,
+            model, reads, examples, n, self.run_dir / stage / "samples.jsonl", style=self._style, temperature=temperature,
             max_new_tokens=self.config.max_new_tokens, seed=self.config.seed, progress=f"{stage}: sampling",
         )  # fmt: skip
 
@@ -429,7 +458,7 @@ class JudgeTrainer:
             "output_dir": str(self.run_dir / stage / "checkpoints"), "max_steps": settings.steps,
             "per_device_train_batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
             "lr_scheduler_type": "linear", "warmup_steps": max(1, settings.steps // 20), "seed": self.config.seed,
-            "bf16": cuda and torch.cuda.is_bf16_supported(), "use_cpu": not cuda,
+            "bf16": cuda and torch.cuda.is_bf16_supported() if self.config.bf16 is None else self.config.bf16, "use_cpu": not cuda,
             "gradient_checkpointing": self.config.gradient_checkpointing, "save_steps": self.config.save_steps,
             "save_total_limit": 2, "logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none", "disable_tqdm": True,
             "dataloader_pin_memory": cuda,
