@@ -237,3 +237,11 @@ def test_mistakes_are_named(tiny_chat_llm, tiny_llm, tmp_path, static_model):
     shutil.copy(tiny_chat_llm / "config.json", tmp_path / "broken")
     with pytest.raises(ValueError, match="is not a causal language model"):
         CausalJudge(tmp_path / "broken")
+
+
+def test_a_folder_of_another_kind_is_refused(tiny_bert, tmp_path):
+    """transformers would draw the missing head at random, and the judge would give verdicts by it."""
+    with pytest.raises(ValueError, match="is not a causal language model: it has no weights for .*; an encoder or"):
+        CausalJudge(tiny_bert)
+    with pytest.raises(ValueError, match="the folder holds no config.json"):
+        CausalJudge(tmp_path)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import find_adapter_config_file
 
 from taoemb.catalog import Item, Query
 from taoemb.judge.prompts import JudgePrompt, ModelPrompt
@@ -289,11 +290,21 @@ def load_causal(model: str | Path, device: str | None = None, dtype: str | None 
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind: Any = dtype or (torch.float32 if target == "cpu" else "auto")
     where: dict[str, Any] = {}
+    if path.is_dir() and not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"{name!r} is not a causal language model: the folder holds no config.json; give that of a model, or a GGUF file"
+        )
     with loading(name, "causal language model"):
         if path.suffix == ".gguf" and path.is_file():
             name, where = str(path.parent), {"gguf_file": path.name}
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, **where)
+        if find_adapter_config_file(name) is None:
+            where["output_loading_info"] = True  # fails for an adapter
+        found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, **where)
+    loaded, info = found if "output_loading_info" in where else (found, {"missing_keys": ()})
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"{name!r} is not a causal language model: it has no weights for {missing[0]}"
+                         f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; an encoder or cross-encoder is none")  # fmt: skip
     return loaded.to(target), tokenizer
 
 
