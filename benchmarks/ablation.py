@@ -5,7 +5,7 @@
 
 ``--runs`` are finished run folders that differ in their seed (`benchmarks/seeds.py` makes them): each gives its stage-1 model, its
 catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the
-`flip_noise` of an oracle judge, ``binary``, a judge that tells good from bad alone, or ``lexical``, BM25 as the judge; settings of the ``backbone`` and of another ``judge``
+`flip_noise` of an oracle judge, or ``binary``, a judge that tells good from bad alone; settings of the ``backbone`` and of another ``judge``
 are named so (``backbone.tower``, ``judge.kind``). ``{model: untrained}``, or another model's folder or name, is evaluated as it is. ``stage1`` is always a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
 ``--against`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
@@ -20,7 +20,6 @@ import numpy as np
 import yaml
 
 from taoemb.backbone import prepare
-from taoemb.catalog import Items
 from taoemb.comparison import compare
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
@@ -32,9 +31,7 @@ from taoemb.judge import OracleJudge
 from taoemb.judge.build import JudgeBuilder
 from taoemb.judge.evaluation import evaluate_judge
 from taoemb.judge.examples import shop_examples
-from taoemb.judge.features import PairFeatures
 from taoemb.judge.schemes import scheme_of
-from taoemb.judge.verdicts import ordered_probs
 from taoemb.pretrained import model_path
 from taoemb.rewards import RelevanceReward
 from taoemb.shop import Shop
@@ -91,7 +88,7 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
         )
     elif settings is not None:
         overrides = [f"{key if key.startswith(WHOLE) else f'stage2.{key}'}={value}" for key, value in settings.items()
-                     if key not in ("noise", "binary", "lexical")]  # fmt: skip
+                     if key not in ("noise", "binary")]  # fmt: skip
         overrides.append("systems=[stage1,retrieval_grpo]")  # the run may have rows of policies
         whole = load_config(TrainConfig, run / "config.yaml", overrides)
         config = whole.stage2
@@ -109,8 +106,6 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
                 function.judge = OracleJudge(oracle.qrels, oracle.unjudged, flip_noise=settings["noise"])
             if isinstance(function, RelevanceReward) and settings.get("binary"):
                 function.judge = Binary(function.judge, config.rewards.gate_threshold)
-            if isinstance(function, RelevanceReward) and settings.get("lexical"):
-                function.judge = Lexical(job.catalog.items)
             if isinstance(function, RelevanceReward):
                 judge = judged(job, function.judge)
         trainer = RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, config, run_dir=folder, name="stage2",
@@ -127,21 +122,6 @@ def judged(job: TrainJob, judge: RelevanceJudge) -> dict[str, float]:
     labels = scheme_of(judge).labels([e.grade for e in examples])
     values = evaluate_judge(judge, [(e.query, e.item) for e in examples], labels, bootstrap=0).values
     return {name: values[name] for name in ("auc", "kappa", "good_f1")}
-
-
-class Lexical:
-    """BM25 of an item, divided by its limit, as relevance."""
-
-    name = "lexical"
-
-    def __init__(self, items: Items) -> None:
-        self.features = PairFeatures(items)
-        self.fingerprint = f"lexical {self.features.fingerprint}"
-
-    def score(self, pairs: list) -> JudgeOutput:
-        """BM25, and the grades that its steps of a quarter would be."""
-        bm25 = self.features.matrix(pairs)[:, self.features.names.index("bm25")].astype(np.float32)
-        return JudgeOutput(ordered_probs(bm25), bm25)
 
 
 class Binary:

@@ -1,6 +1,6 @@
 """Relevance judges: they give (query, item) pairs a distribution over ordered labels.
 
-Without a language model: `OracleJudge` (labels), `SoftLogicJudge` (rules over the catalog's own words, and yours: `Interventions`),
+Without a language model: `OracleJudge` (labels), `LexicalJudge` (BM25), `SoftLogicJudge` (rules over the catalog's own words, and yours: `Interventions`),
 `BiEncoderJudge` (cosine of a frozen encoder), `MeanJudge` (several, no grades needed), `EnsembleJudge` (several, calibrated on human
 grades), `CrossEncoderJudge`. With one: `CausalJudge` (transformers, LoRA, GGUF), `OpenAIJudge` (any OpenAI-compatible server),
 `CascadeJudge` (a cheap judge first). Around any of them: `CachedJudge` keeps the verdicts in a file, `calibrate` fits the probabilities
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from taoemb.judge.evaluation import evaluate_judge
     from taoemb.judge.features import PairFeatures
     from taoemb.judge.interventions import Interventions
+    from taoemb.judge.lexical import LexicalJudge
     from taoemb.judge.lexicon import Lexicon
     from taoemb.judge.openai_server import OpenAIJudge
     from taoemb.judge.oracle import OracleJudge
@@ -39,6 +40,7 @@ __all__ = [
     "Interventions",
     "JudgePrompt",
     "LabelScheme",
+    "LexicalJudge",
     "Lexicon",
     "MeanJudge",
     "OpenAIJudge",
@@ -60,6 +62,7 @@ _OWNERS = {
     "Interventions": "interventions",
     "JudgePrompt": "prompts",
     "LabelScheme": "schemes",
+    "LexicalJudge": "lexical",
     "Lexicon": "lexicon",
     "MeanJudge": "ensemble",
     "OpenAIJudge": "openai_server",

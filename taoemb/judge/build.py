@@ -17,6 +17,7 @@ from taoemb.judge.cache import CachedJudge
 from taoemb.judge.calibration import Method, calibrate
 from taoemb.judge.ensemble import FOLDS, MIN_PAIRS, EnsembleJudge, MeanJudge
 from taoemb.judge.features import PairFeatures
+from taoemb.judge.lexical import LexicalJudge
 from taoemb.judge.oracle import OracleJudge
 from taoemb.judge.prompts import PROMPT_FILE, JudgePrompt
 from taoemb.judge.schemes import ScoreFn, get_scheme, scheme_of
@@ -26,7 +27,16 @@ from taoemb.store import encode_corpus
 from taoemb.types import RelevanceJudge
 
 Kind = Literal[
-    "oracle", "soft_logic", "bi_encoder", "mean", "ensemble", "cross_encoder", "hf_causal", "openai_server", "cascade"
+    "oracle",
+    "lexical",
+    "soft_logic",
+    "bi_encoder",
+    "mean",
+    "ensemble",
+    "cross_encoder",
+    "hf_causal",
+    "openai_server",
+    "cascade",
 ]
 MODELS = ("cross_encoder", "hf_causal", "openai_server")
 """Kinds that read a pair with a model of their own, ``judge.model``; their verdicts are cached."""
@@ -39,7 +49,7 @@ class JudgeConfig:
     """Which judge gives the relevance reward."""
 
     kind: Literal["auto", Kind] = "auto"
-    """``oracle``: the grades themselves. ``soft_logic``: rules over the catalog's own words. ``bi_encoder``: cosine of a
+    """``oracle``: the grades themselves. ``lexical``: BM25. ``soft_logic``: rules over the catalog's own words. ``bi_encoder``: cosine of a
     frozen encoder. ``mean``: both, uncalibrated. ``ensemble``: both and lexical features, calibrated on graded queries.
     ``cross_encoder``, ``hf_causal`` (a language model), ``openai_server`` (one behind a URL): ``model`` reads each pair.
     ``cascade``: ``cheap`` judges, and where it is not sure ``strong`` does.
@@ -63,7 +73,7 @@ class JudgeConfig:
     calibration: Literal["none", Method] = "none"
     """Fit the probabilities of a judge with a model, or of a cascade, to graded queries: one ``temperature``, a weight and a bias for each
     label (``vector``), or rising steps (``isotonic``)."""
-    cheap: Literal["soft_logic", "bi_encoder", "mean", "ensemble", "cross_encoder"] = "mean"
+    cheap: Literal["lexical", "soft_logic", "bi_encoder", "mean", "ensemble", "cross_encoder"] = "mean"
     """First judge of a cascade."""
     strong: Literal["cross_encoder", "hf_causal", "openai_server"] = "hf_causal"
     """Second judge of a cascade, which reads with ``model``."""
@@ -205,6 +215,8 @@ class JudgeBuilder:
             if not any(q.id in self.catalog.qrels for q in self.catalog.queries.select("train")):
                 raise ValueError("judge.kind=oracle: no training query has grades; use another judge.kind")
             return OracleJudge(self.catalog.qrels, self.catalog.unjudged)
+        if kind == "lexical":
+            return LexicalJudge(self.catalog.items)
         if kind == "soft_logic":
             return self._soft_logic
         if kind == "bi_encoder":

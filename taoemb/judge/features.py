@@ -65,6 +65,12 @@ class PairFeatures:
         columns += [encoder.cosines(pairs).astype(np.float64)[:, None] for encoder in self.encoders]
         return np.hstack(columns)
 
+    def bm25(self, pairs: Sequence[tuple[Query, Item]]) -> npt.NDArray[np.float64]:
+        """The column ``bm25`` alone, ``[N]``."""
+        return np.array(
+            [self._lexical(query, self.soft_logic.facts(item))[0] for query, item in pairs], dtype=np.float64
+        )
+
     def _lexical(self, query: Query, facts: ItemFacts) -> tuple[float, ...]:
         text, query_codes = self._query(query.text)
         if not text:
