@@ -22,6 +22,7 @@ from taoemb.files import read_json, write_json
 
 METRICS = ("ndcg@10", "recall@100", "goodrate@10")
 BASE = "stage1"
+"""The gain is over this; ``default`` is the run's own judge again."""
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def gains(folder: Path) -> dict[str, dict]:
     def values(name: str, metric: str) -> np.ndarray:
         return np.array([read_json(seed / f"{name}.json")["per_query"][metric] for seed in seeds], dtype=np.float64)
 
-    for name in shared - {BASE}:
+    for name in shared - {BASE, "default"}:
         found = [read_json(seed / f"{name}.json") for seed in seeds]
         if all(one.get("judge") for one in found):
             rows[name] = {
@@ -76,7 +77,7 @@ def draw(rows: dict[str, dict], file: Path) -> None:
     for name, row in rows.items():
         gain = row["gains"][METRICS[0]]
         x, y = row["judge"]["auc"], gain["difference"]
-        made = name.startswith("oracle")
+        made = name.startswith("oracle,")
         color = "0.45" if made else "tab:blue"
         axes.errorbar(
             x, y, [[y - gain["ci_low"]], [gain["ci_high"] - y]], fmt="o" if made else "D", color=color, capsize=3
