@@ -136,7 +136,9 @@ def test_a_graded_catalog_gives_pairs(catalog):
     assert all(loaded.qrels[e.query.id][e.item.id] == e.grade for e in found)
     assert catalog_examples(loaded, 16) == found != catalog_examples(loaded, 16, seed=1)
     assert len({(e.query.id, e.item.id) for e in catalog_examples(loaded, 100, balance=False)}) == 40
-    with pytest.raises(ValueError, match="no query of split 'test' has grades; those with grades are of train"):
+    with pytest.raises(
+        ValueError, match="no query of split 'test' has grades; those with grades are of split train: give"
+    ):
         catalog_examples(loaded, 4, split="test")
 
 

@@ -141,7 +141,8 @@ def catalog_examples(
     if not pairs:
         have = sorted({q.split or "(none)" for q in catalog.queries if catalog.qrels.get(q.id)})
         raise ValueError(
-            f"no query of split {split!r} has grades; those with grades are of {', '.join(have) or 'no split'}"
+            f"no query of split {split!r} has grades; those with grades are of split {', '.join(have) or '(none)'}: give the "
+            f"queries that a judge may learn from split={split!r} in queries"
         )
     rng = np.random.default_rng([seed, 8])
     order = rng.permutation(len(pairs)).tolist()
