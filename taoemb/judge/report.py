@@ -45,7 +45,8 @@ _CSS = """.heat{table-layout:fixed}.heat td,.heat th{text-align:center;padding:6
 .heat td{background:rgb(31 122 190 / var(--a))}.heat .own{outline:1.5px solid var(--soft);outline-offset:-2px}
 td small{display:block;color:var(--soft);font-size:11.5px;white-space:nowrap}td:first-child{white-space:nowrap}
 .text td:nth-child(2),.text th:nth-child(2){text-align:left}.text td{border-bottom:0;padding:4px 8px}
-.text .first td{border-top:1px solid var(--line)}svg{overflow:visible}main>h3{font-size:15px;margin-top:26px}"""
+.text .first td{border-top:1px solid var(--line)}svg{overflow:visible}main>h3{font-size:15px;margin-top:26px}
+.scroll td:first-child{min-width:150px;overflow-wrap:anywhere;white-space:normal}"""
 
 
 # -------------------------------------------------------------------------------------------------------- the terminal
