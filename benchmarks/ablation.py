@@ -32,6 +32,7 @@ from taoemb.judge.build import JudgeBuilder
 from taoemb.judge.evaluation import evaluate_judge
 from taoemb.judge.examples import shop_examples
 from taoemb.judge.schemes import scheme_of
+from taoemb.judge.verdicts import output
 from taoemb.pretrained import model_path
 from taoemb.rewards import RelevanceReward
 from taoemb.shop import Shop
@@ -94,6 +95,10 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
         config = whole.stage2
         prepare(encoder, whole.backbone)
         functions, weights = job._rewards(config)
+        if whole.judge != job.config.judge and whole.judge.fitted:
+            raise ValueError(
+                f"{name}: a judge that is fitted to grades would be fitted to queries that the run is evaluated on; take another"
+            )
         for function in functions:
             if isinstance(function, RelevanceReward) and whole.judge != job.config.judge:
                 function.judge = JudgeBuilder(whole.judge, job.catalog, folder / "judge", print).judge
@@ -132,11 +137,10 @@ class Binary:
         self.name, self.fingerprint = f"{judge.name} (good or bad)", f"{judge.fingerprint} binary {threshold}"
 
     def score(self, pairs: list) -> JudgeOutput:
-        """1 for what is good, else 0."""
-        found = self.judge.score(pairs)
-        return JudgeOutput(
-            found.probs, np.where(np.isnan(found.score), np.nan, found.score >= self.threshold).astype(np.float32)
-        )
+        """Grade 3 for what is good, else 0."""
+        score = self.judge.score(pairs).score
+        good = np.where(np.isnan(score), np.nan, score >= self.threshold)
+        return output(np.stack([1 - good, 0 * good, 0 * good, good], axis=1))
 
 
 def evaluated(job: TrainJob, name: str, encoder: Encoder) -> dict:

@@ -1,6 +1,6 @@
 """What a judge's worth does for the encoder that is trained against it: AUC of the judge against the encoder's gain over stage 1.
 
-    python benchmarks/ablation.py --runs runs/small/seed0 runs/small/seed1 --conditions benchmarks/conditions/judges.yaml \\
+    python benchmarks/ablation.py --runs runs/small/seed0 runs/small/seed1 runs/small/seed2 --conditions benchmarks/conditions/judges.yaml \\
         --against oracle --out runs/judge_gain
     python benchmarks/judge_gain.py runs/judge_gain --out runs/judge_gain/gain.png
 
@@ -47,6 +47,10 @@ def main() -> None:
 def gains(folder: Path) -> dict[str, dict]:
     """judge -> its worth and what it did, of conditions that every seed has."""
     seeds = sorted(path for path in folder.iterdir() if (path / f"{BASE}.json").exists())
+    if not seeds:
+        raise ValueError(
+            f"{folder} holds no {BASE}.json in a folder for each seed; give the --out of benchmarks/ablation.py"
+        )
     shared = set.intersection(*({file.stem for file in seed.glob("*.json")} for seed in seeds))
     rows: dict[str, dict] = {}
 

@@ -1,10 +1,8 @@
 """The stages of TaoSR1 on the generated shop: label alone, reasons before and after the label, preferences, GRPO; how many seeds you like.
 
     python benchmarks/judge_stages.py --data runs/shop-20000-0 --out runs/judge_stages --model SmolLM2-135M.gguf settings...
-    python benchmarks/judge_stages.py --data runs/shop-20000-0 --out runs/judge_stages --model SmolLM2-135M.gguf --layers 4 settings...
 
-``--layers N`` keeps the first N layers of a Llama and those of its tokens that the shop and the folders of ``--corpora`` need, for
-machines that cannot train the whole; there is no row of the start model then. Words after the options are settings of `JudgeTrainConfig` for every run. Rows: the start model
+Words after the options are settings of `JudgeTrainConfig` for every run. Rows: the start model
 (zero-shot), ``label``, ``pre`` and ``post`` after supervised fine-tuning, ``post`` after DPO and after GRPO, and GRPO on prompts as they come
 in the place of as many of each grade. Graded on pairs of test queries: the label is the most probable answer at the first place, for
 ``pre`` the one that a greedy completion ends with. Prints a Markdown table and writes ``OUT/judge_stages.json``; what is there is not
@@ -14,21 +12,14 @@ computed again.
 from __future__ import annotations
 
 import argparse
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
-from taoemb.catalog import Catalog, Query
 from taoemb.config import load_config
-from taoemb.files import read_json, replace_folder, write_json
+from taoemb.files import read_json, write_json
 from taoemb.judge import CausalJudge
-from taoemb.judge.causal import load_causal
 from taoemb.judge.chains import chain_metrics, pass_at_k
 from taoemb.judge.evaluation import evaluate_judge
 from taoemb.judge.examples import parse, parse_label, shop_examples
@@ -44,8 +35,6 @@ SHOWN = ("macro_f1", "good_f1", "accuracy", "auc", "ece", "pass@1", "pass@5", "f
          "discriminative_hallucination")  # fmt: skip
 RULES = "Judge how well the item serves the query."  # short: a small model on a CPU reads it for every pair
 MAX_CHARS = 100
-RARE = 10
-"""A token that the corpora hold less often is not kept."""
 
 
 def main() -> None:
@@ -55,19 +44,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--layers", type=int, help="keep the first ones alone")
-    parser.add_argument("--corpora", type=Path, nargs="+", default=[], help="catalogs whose tokens are also kept")
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs")
     parser.add_argument("--written", type=int, default=200, help="test pairs for which completions are written")
     parser.add_argument("settings", nargs="*")
     arguments = parser.parse_args()
     shop = Shop.load(arguments.data)
     rows: dict[str, list[dict[str, float]]] = {}
-    model = arguments.model
-    if arguments.layers:
-        model = str(cut(model, arguments.layers, [arguments.data, *arguments.corpora], arguments.out / "start"))
     for seed in arguments.seeds:
-        for name, found in one_seed(arguments, shop, model, seed, arguments.out / f"seed{seed}").items():
+        for name, found in one_seed(arguments, shop, arguments.model, seed, arguments.out / f"seed{seed}").items():
             rows.setdefault(name, []).append(found)
     result = {name: {key: [row[key] for row in found if key in row] for key in SHOWN} for name, found in rows.items()}
     write_json(
@@ -99,8 +83,7 @@ def one_seed(
         config = load_config(JudgeTrainConfig, None, [*base, f"model={start}", f"stages=[{stages}]", *words])
         JudgeTrainer(config, folder / name, say=lambda text: print(f"seed {seed}, {name}, {text}", flush=True)).run()
 
-    if not arguments.layers:  # a part of a model says nothing
-        measured("zero-shot", model, "post")
+    measured("zero-shot", model, "post")
     for style in ("label", "pre"):
         run(style, model, "sft", f"style={style}")
         measured(style, folder / style / "sft" / "model", style)
@@ -150,58 +133,6 @@ def measure(arguments: argparse.Namespace, shop: Shop, model: str | Path, style:
         truth = [e.category for e in some], [e.attribute for e in some]
         found |= chain_metrics(chains, truth[0], truth[1], GRADES_4.labels(load_ontology().grade_table))
     return {name: float(value) for name, value in found.items() if value == value}
-
-
-def cut(model: str, layers: int, corpora: list[Path], folder: Path) -> Path:
-    """The first layers of a Llama, with the tokens that the texts need: what of a real model a CPU can train."""
-    if folder.exists():
-        return folder
-    whole, tokenizer = load_causal(model, dtype="float32")
-    prompt, counts = JudgePrompt(GRADES_4, RULES, MAX_CHARS), Counter[int]()
-    for corpus in corpora:
-        catalog = Catalog.load(corpus)
-        texts = [prompt.user(Query("", ""), catalog.items[i]) for i in range(min(len(catalog.items), 20_000))]
-        texts += [query.text for query in catalog.queries]
-        for start in range(0, len(texts), 1000):
-            counts.update(token for row in tokenizer(texts[start : start + 1000])["input_ids"] for token in row)
-        if (corpus / "truth.parquet").exists():
-            for example in shop_examples(Shop.load(corpus), 8000, 99):
-                counts.update(tokenizer(example.reasons)["input_ids"])
-    counts.update(dict.fromkeys(tokenizer(prompt.system() + "".join(map(str, range(100))))["input_ids"], RARE))
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocab, merges = state["model"]["vocab"], [tuple(merge) for merge in state["model"]["merges"]]
-    token_of, parts = {number: token for token, number in vocab.items()}, {a + b: (a, b) for a, b in merges}
-    added = [token for token in state["added_tokens"] if token["content"] in vocab]
-    waiting = [token_of[number] for number, count in counts.items() if count >= RARE and number in token_of]
-    waiting += [token for token in vocab if len(token) == 1] + [token["content"] for token in added]
-    kept: set[str] = set()
-    while waiting:
-        token = waiting.pop()
-        if token not in kept:
-            kept.add(token)
-            waiting += parts.get(token, ())  # what it is merged from
-    order = sorted(kept, key=vocab.__getitem__)
-    state["model"]["vocab"] = {token: number for number, token in enumerate(order)}
-    state["model"]["merges"] = [list(merge) for merge in merges if "".join(merge) in kept and {*merge} <= kept]
-    state["added_tokens"] = [token | {"id": order.index(token["content"])} for token in added]
-    fewer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), chat_template=tokenizer.chat_template,
-        **{name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
-    )  # fmt: skip
-    rows = whole.get_input_embeddings().weight.detach()[torch.tensor([vocab[token] for token in order])]
-    whole.model.layers = whole.model.layers[:layers]
-    whole.config.num_hidden_layers = layers
-    whole.resize_token_embeddings(len(order))
-    with torch.no_grad():
-        whole.get_input_embeddings().weight.copy_(rows)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        for settings in (whole.config, whole.generation_config):
-            setattr(settings, name, getattr(fewer, name))
-    with replace_folder(folder, "config.json") as beside:
-        whole.save_pretrained(beside)
-        fewer.save_pretrained(beside)
-    print(f"{folder}: {layers} layers, {len(order):,} tokens, {whole.num_parameters() / 1e6:.1f} million weights")
-    return folder
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def judge_eval(
 @told_apart
 def judge_train(
     out: Annotated[Optional[Path], typer.Option(help="Run folder; the same one goes on after a kill.")] = None,  # noqa: UP045
-    data: Annotated[Optional[Path], typer.Option(help="Folder of a generated shop; short for data=FOLDER.")] = None,  # noqa: UP045
+    data: Annotated[Optional[Path], typer.Option(help="A generated shop or graded catalog; short for data=.")] = None,  # noqa: UP045
     model: Annotated[Optional[str], typer.Option(help="Start model; short for model=NAME.")] = None,  # noqa: UP045
     stages: Annotated[Optional[str], typer.Option(help="Stages, such as sft,dpo,grpo; short for stages=[...].")] = None,  # noqa: UP045
     help_config: Annotated[bool, typer.Option("--help-config", help="List every setting and exit.")] = False,

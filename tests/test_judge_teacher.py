@@ -1,5 +1,6 @@
 """Reasons from a teacher behind a real HTTP server, and judges that are trained on a graded catalog with them."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -52,10 +53,11 @@ def test_reasons_are_the_lines_of_the_chain(server, tmp_path):  # noqa: F811
 
 
 def test_reasons_that_lead_elsewhere_are_asked_for_again_and_given_up(server, tmp_path):  # noqa: F811
-    wrong = send(written(CHAINS["1"]))
-    server.script += [wrong, send(written("no idea")), send(written(CHAINS["4"]))]
+    product = "Product: a mug is wanted, this is one"
+    wrong = send(written(f"{product}\n{CHAINS['1']}"))
+    server.script += [wrong, send(written("no idea")), send(written(f"{product}\n{CHAINS['4']}"))]
     pair = [Example(Query("q", "mug"), Item("i", "Mug"), 3)]
-    assert teacher(server, concurrency=1).write(pair, tmp_path / "a.jsonl")[0].reasons == CHAINS["4"]
+    assert teacher(server, concurrency=1).write(pair, tmp_path / "a.jsonl")[0].reasons == f"{product}\n{CHAINS['4']}"
     assert len(server.requests) == 3
     server.always = wrong
     asked = teacher(server, tries=2)
@@ -65,12 +67,46 @@ def test_reasons_that_lead_elsewhere_are_asked_for_again_and_given_up(server, tm
     assert len(server.requests) == 5
 
 
+def test_what_models_write_besides_is_taken_off(server, tmp_path):  # noqa: F811
+    def said(text):
+        server.always = send(written(text))
+        return teacher(server, tries=1).write([PAIRS[3]], tmp_path / f"{len(server.requests)}.jsonl")[0].reasons
+
+    product, chain = "Product: a mug is wanted, this is one", CHAINS["4"]
+    expected = f"{product}\n{chain}"
+    assert (
+        said(f"<think>\nCategory: mismatch\n</think>\n**Product:** a mug is wanted, this is one\n{chain}") == expected
+    )
+    assert said(f"{product}\nCategory: Exact.\nAttributes: **match**") == expected
+    assert said(chain) == said(None) == said(f"{product}\n{chain}\n{product}") == ""  # no product, no text, two
+
+
+def test_pairs_that_read_the_same_are_asked_once(server, tmp_path):  # noqa: F811
+    server.script += [teach]
+    server.always = send(written("no"))
+    found = teacher(server).write([PAIRS[3], PAIRS[3]], tmp_path / "teacher.jsonl")
+    assert len(server.requests) == 1
+    assert found[0].reasons == found[1].reasons != ""
+
+
+def test_an_error_in_the_loop_ends_the_asking(server, tmp_path, monkeypatch):  # noqa: F811
+    server.always = teach
+    asked = teacher(server, concurrency=2)
+    monkeypatch.setattr(asked, "readable", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asked.write(
+            [Example(Query(f"q{n}", f"mug {n}"), Item("i", "Mug"), 3) for n in range(200)], tmp_path / "t.jsonl"
+        )
+    assert len(server.requests) < 50
+
+
 def test_two_labels_take_the_chains_of_their_grades(server, tmp_path):  # noqa: F811
     """With good and bad alone, any verdicts that lead to a good grade will do."""
-    server.always = send(written(CHAINS["3"]))
+    chain = f"Product: a mug is wanted, this is one\n{CHAINS['3']}"
+    server.always = send(written(chain))
     asked = Teacher(TeacherConfig(url=server.url, model="m", tries=1), JudgePrompt(BINARY))
     found = asked.write([PAIRS[1], PAIRS[3]], tmp_path / "teacher.jsonl")
-    assert [e.reasons for e in found] == ["", CHAINS["3"]]
+    assert [e.reasons for e in found] == ["", chain]
 
 
 def test_a_server_that_fails_loses_no_answer(server, tmp_path):  # noqa: F811
@@ -131,6 +167,9 @@ def catalog(tmp_path):
 
 def test_a_graded_catalog_gives_pairs(catalog):
     loaded = Catalog.load(catalog)
+    whole = catalog_examples(dataclasses.replace(loaded, metadata={"unjudged": 0}), 80)
+    assert Counter(e.grade for e in whole)[0] > Counter(e.grade for e in catalog_examples(loaded, 80))[0]
+    assert all(loaded.qrels[e.query.id].get(e.item.id, 0) == e.grade for e in whole)
     found = catalog_examples(loaded, 16)
     assert Counter(e.grade for e in found) == {0: 4, 1: 4, 2: 4, 3: 1}  # there is one alone
     assert all(loaded.qrels[e.query.id][e.item.id] == e.grade for e in found)
@@ -167,6 +206,33 @@ def test_a_judge_is_trained_on_a_catalog_with_a_teacher(server, catalog, tiny_ch
     assert len(server.requests) == asked
     JudgeTrainer(settings(tiny_chat_llm, data=str(catalog), examples=16, style="post", sft=SFTConfig(1, 2, 1e-3)),
                  tmp_path / "labels", say=told.append).run()  # fmt: skip
-    assert "13 examples, 0 of them with reasons" in told
+    assert told[-3:-1] == [
+        "13 examples, 0 of them with reasons",
+        "no example has reasons: style=label in the place of post",
+    ]
     row = seen.trainers["sft"].train_dataset[0]
     assert tokenizer.decode([token for token in row["labels"] if token != -100])[1:] == "<|im_end|>\n"
+    server.always = send(written("no"))
+    with pytest.raises(
+        ValueError, match="the teacher 'm' wrote no reasons that can be read and lead to the grade for any of 13 pairs"
+    ):
+        JudgeTrainer(config, tmp_path / "untaught").run()
+
+
+def test_labels_alone_are_not_taught_among_reasons(server, catalog, tiny_chat_llm, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("trl")
+    from test_judge_train import Seen, settings
+
+    from taoemb.judge.train import JudgeTrainer, SFTConfig
+
+    def sometimes(handler, request):
+        good = "Label: 4" in request["messages"][-1]["content"] or "Label: 1" in request["messages"][-1]["content"]
+        teach(handler, request) if good else handler.reply(200, written("I do not know."))
+
+    server.always, seen = sometimes, Seen(monkeypatch)
+    config = settings(tiny_chat_llm, data=str(catalog), examples=16, style="pre", sft=SFTConfig(1, 2, 1e-3),
+                      teacher=TeacherConfig(url=server.url, model="m", tries=1))  # fmt: skip
+    trainer = JudgeTrainer(config, tmp_path / "run")
+    trainer.run()
+    assert len(trainer.examples) == 13
+    assert len(seen.trainers["sft"].train_dataset) == sum(e.grade in (0, 3) for e in trainer.examples) == 5

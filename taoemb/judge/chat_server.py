@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -25,7 +25,9 @@ LONGEST_WAIT = 300.0
 _BACKOFF = 1.0  # seconds before the first retry, doubled for each further one, six times at most; our choice
 _SHOWN = 300  # characters of a server's message in an error; our choice
 _PASSING = {408, 429}  # and all of 500 and above
-_CHECK = "check extra_body and top_logprobs; where the text is too long for the model, lower the prompt's max_chars"
+_CHECK = (
+    "check the settings that the message names; where the text is too long for the model, lower the prompt's max_chars"
+)
 _KEY = "give a key that may use this model as api_key or in OPENAI_API_KEY"
 _ADVICE = {400: _CHECK, 413: _CHECK, 422: _CHECK, 401: _KEY, 403: _KEY,
            404: "check model, and that url is the base of the API, which mostly ends with /v1"}  # fmt: skip
@@ -73,7 +75,7 @@ class ChatServer:
 
     def answers(
         self, chats: Sequence[Chat], body: Mapping[str, Any], read: Callable[[Any], T], failed: str
-    ) -> Iterator[tuple[int, T]]:
+    ) -> Generator[tuple[int, T]]:
         """``(row, read(JSON of the answer))`` for each chat, as they come. ``body`` is what a request holds besides model and messages; its
         ``max_tokens`` takes the newer name where the server wants that, and a field that is None is left out.
 

@@ -132,7 +132,8 @@ def catalog_examples(
     catalog: Catalog, n: int, seed: int = 0, *, split: str = "train", balance: bool = True
 ) -> list[Example]:
     """At most ``n`` graded pairs that a catalog lists for the queries of a split, without reasons, in random order; with ``balance``
-    as many of each grade, of one that is too rare all.
+    as many of each grade, of one that is too rare all. Where the catalog says that an ungraded pair is worth 0, such pairs are drawn too:
+    of ``n`` as many as are missing to a quarter, without ``balance`` to a half.
 
     Raises ValueError when none is graded.
     """
@@ -144,18 +145,25 @@ def catalog_examples(
             f"no query of split {split!r} has grades; those with grades are of split {', '.join(have) or '(none)'}: give the "
             f"queries that a judge may learn from split={split!r} in queries"
         )
-    rng = np.random.default_rng([seed, 8])
+    rng, items = np.random.default_rng([seed, 8]), catalog.items
+    listed = sum(grade == 0 for _, _, grade in pairs)
+    if catalog.unjudged == 0:
+        wanted = n // (4 if balance else 2) - listed
+        drawn = {(int(rng.integers(len(chosen))), int(rng.integers(len(items)))) for _ in range(max(0, wanted))}
+        pairs += [
+            (chosen[q], items.ids[row], 0)
+            for q, row in sorted(drawn)
+            if items.ids[row] not in catalog.qrels[chosen[q].id]
+        ]
     order = rng.permutation(len(pairs)).tolist()
     if balance:
         grades = [[i for i in order if pairs[i][2] == grade] for grade in range(MAX_GRADE + 1)]
         order = rng.permutation(
             [i for g, rows in enumerate(grades) for i in rows[: n * (g + 1) // 4 - n * g // 4]]
         ).tolist()
-    items = catalog.items
-    return [
-        Example(query, items[int(items.positions([item_id])[0])], grade)
-        for query, item_id, grade in (pairs[i] for i in order[:n])
-    ]
+    found = [pairs[i] for i in order[:n]]
+    rows = items.positions([item_id for _, item_id, _ in found]).tolist()
+    return [Example(query, items[row], grade) for (query, _, grade), row in zip(found, rows, strict=True)]
 
 
 def _zeros(

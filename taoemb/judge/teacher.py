@@ -6,6 +6,7 @@ grade, is asked for again and then given up (our choice; TaoSR1, arXiv 2508.1236
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from taoemb.judge.examples import LINES, Example, parse
 from taoemb.judge.prompts import JudgePrompt
 from taoemb.judge.verdicts import fingerprint
 from taoemb.shop_rules import ATTRIBUTE_VERDICTS, CATEGORY_VERDICTS, load_ontology
+
+_TIMEOUT = 600.0  # seconds for a whole answer, which comes in one piece; our choice
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Teacher:
         from taoemb.judge.chat_server import ChatServer
 
         self.config, self.prompt = config, prompt
-        self.server = ChatServer(config.url, config.model, concurrency=config.concurrency)
+        self.server = ChatServer(config.url, config.model, concurrency=config.concurrency, timeout=_TIMEOUT)
         self._table = prompt.scheme.labels(load_ontology().grade_table)
 
     def write(self, examples: Sequence[Example], file: Path) -> list[Example]:
@@ -71,29 +74,38 @@ class Teacher:
         keys = {row: fingerprint(self.config.model, self.config.temperature, self.config.max_tokens, self.config.tries, chat)
                 for row, chat in chats.items()}  # fmt: skip
         asked = {"max_tokens": self.config.max_tokens, "temperature": self.config.temperature}
-        waiting = [row for row, key in keys.items() if key not in known]
+        waiting = list({key: row for row, key in keys.items() if key not in known}.values())  # pairs may read the same
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(keys), initial=len(keys) - len(waiting), desc="teacher", disable=None, leave=False) as bar:
+        with tqdm(total=len(waiting), desc="teacher", disable=None, leave=False) as bar:
             for trial in range(self.config.tries):
                 rows, waiting = waiting, []
-                answers = self.server.answers(
+                asking = self.server.answers(
                     [chats[row] for row in rows], asked, _content, "check that it is a chat model"
                 )
-                for n, text in answers:
-                    row = rows[n]
-                    reasons = self.readable(text, examples[row])
-                    if not reasons and trial + 1 < self.config.tries:
-                        waiting.append(row)
-                        continue
-                    known[keys[row]] = reasons
-                    with file.open("ab") as stream:
-                        stream.write((json.dumps([keys[row], reasons], ensure_ascii=False) + "\n").encode())
-                    bar.update()
+                with contextlib.closing(asking) as answers:
+                    for n, text in answers:
+                        row = rows[n]
+                        reasons = self.readable(text, examples[row])
+                        if not reasons and trial + 1 < self.config.tries:
+                            waiting.append(row)
+                            continue
+                        known[keys[row]] = reasons
+                        with file.open("ab") as stream:
+                            stream.write((json.dumps([keys[row], reasons], ensure_ascii=False) + "\n").encode())
+                        bar.update()
         return [replace(e, reasons=known[keys[row]]) if row in keys else e for row, e in enumerate(examples)]
 
     def readable(self, text: str, example: Example) -> str:
         """The lines of a chain in an answer; empty where it is none that leads to the example's grade."""
-        reasons = "\n".join(line.strip() for line in text.splitlines() if line.strip().startswith(LINES))
+        said = text.rpartition("</think>")[2].replace("*", "")
+        lines = [line.strip() for line in said.splitlines() if line.strip().startswith(LINES)]
+        lines = [
+            line.lower().rstrip(" .").capitalize() if line.startswith(("Category:", "Attributes:")) else line
+            for line in lines
+        ]
+        reasons = "\n".join(lines)
+        if sum(line.startswith("Product:") for line in lines) != 1:
+            return ""
         scheme = self.prompt.scheme
         label = scheme.of_grade[example.grade]
         chain = parse(f"{scheme.answers[label]}\n{reasons}", "post", scheme)
@@ -120,13 +132,12 @@ class Teacher:
 
 
 def _content(body: Any) -> str:
+    """Empty where the model wrote none: it thought for too long, or refused."""
     try:
         text = body["choices"][0]["message"]["content"]
     except (LookupError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError("an answer without choices[0].message.content")
-    return text
+        raise ValueError("an answer without choices[0].message.content") from None
+    return text if isinstance(text, str) else ""
 
 
 def _read(file: Path) -> dict[str, str]:

@@ -236,6 +236,8 @@ class JudgeTrainer:
                                          or any((self.run_dir / stage).glob("checkpoints/*"))}  # fmt: skip
         if self.config.stages[: len(begun)] == tuple(begun):
             free.add("stages")
+        if free == {"sft", "dpo", "grpo"}:  # nothing is trained yet
+            free.add("teacher")
         moved = {"teacher.url", "teacher.concurrency"}
         return [name for name in diff(known, self.config) if name not in moved and name.partition(".")[0] not in free]
 
@@ -279,14 +281,28 @@ class JudgeTrainer:
         if config.teacher.url and config.style != "label":
             prompt = JudgePrompt(self.scheme, config.rules, config.max_chars)
             pool = Teacher(config.teacher, prompt).write(pool, self.run_dir / "teacher.jsonl")
+            if not any(e.reasons for e in pool):
+                raise ValueError(f"the teacher {config.teacher.model!r} wrote no reasons that can be read and lead to the grade for any of {len(pool)} "
+                                 "pairs; ask another teacher in another folder, or set style=label")  # fmt: skip
         if self._given is None:
             self.say(f"{len(pool):,} examples, {sum(bool(e.reasons) for e in pool):,} of them with reasons")
         return pool
 
+    @property
+    def _taught(self) -> list[Example]:
+        """Examples of ``sft``. A label alone among reasons would teach it to leave the reasons out."""
+        reasoned = [e for e in self.examples if e.reasons]
+        return reasoned if reasoned and self._style != "label" else self.examples
+
     @cached_property
     def _style(self) -> Style:
-        """``label`` where no example has reasons to learn."""
-        return self.config.style if self._pool is None or any(e.reasons for e in self._pool) else "label"
+        """``label`` where reasons are to be learnt and there are none."""
+        style, pool = self.config.style, self._pool
+        learnt = style != "label" and "sft" in self.config.stages and not self._teacher
+        if not learnt or pool is None or any(e.reasons for e in pool):
+            return style
+        self.say(f"no example has reasons: style=label in the place of {style}")
+        return "label"
 
     @cached_property
     def _shop(self) -> Shop:
@@ -311,7 +327,7 @@ class JudgeTrainer:
         model, reads = self._load(start)
         rows = [
             {"prompt": reads.render(e.query, e.item), "completion": reads.answer(self._completion(e))}
-            for e in self.examples
+            for e in self._taught
         ]
         settings = self.config.sft
         self.say(f"{stage}: {len(rows)} examples, {settings.steps} steps of {settings.batch_size}")
