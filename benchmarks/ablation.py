@@ -100,19 +100,20 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
                 f"{name}: a judge that is fitted to grades would be fitted to queries that the run is evaluated on; take another"
             )
         for function in functions:
-            if isinstance(function, RelevanceReward) and whole.judge != job.config.judge:
+            if not isinstance(function, RelevanceReward):
+                continue
+            if whole.judge != job.config.judge:
                 function.judge = JudgeBuilder(whole.judge, job.catalog, folder / "judge", print).judge
-            if isinstance(function, RelevanceReward) and "noise" in settings:
+            if "noise" in settings:
                 oracle = function.judge
                 if not isinstance(oracle, OracleJudge):
                     raise ValueError(
                         f"{name}: noise is for an oracle, and the judge of {run} is {oracle.name}, with its own"
                     )
                 function.judge = OracleJudge(oracle.qrels, oracle.unjudged, flip_noise=settings["noise"])
-            if isinstance(function, RelevanceReward) and settings.get("binary"):
+            if settings.get("binary"):
                 function.judge = Binary(function.judge, config.rewards.gate_threshold)
-            if isinstance(function, RelevanceReward):
-                judge = judged(job, function.judge)
+            judge = judged(job, function.judge)
         trainer = RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, config, run_dir=folder, name="stage2",
                                        trackers=("jsonl",))  # fmt: skip
         encodings = trainer.train()
