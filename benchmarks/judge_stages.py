@@ -26,7 +26,8 @@ from taoemb.judge.examples import parse, parse_label, shop_examples
 from taoemb.judge.prompts import JudgePrompt
 from taoemb.judge.sampling import sample_completions
 from taoemb.judge.schemes import GRADES_4
-from taoemb.judge.train import JudgeTrainConfig, JudgeTrainer
+from taoemb.judge.train import JudgeTrainer
+from taoemb.judge.train_config import JudgeTrainConfig
 from taoemb.shop import Shop
 from taoemb.shop_rules import load_ontology
 from taoemb.types import JudgeOutput

@@ -167,7 +167,8 @@ def judge_train(
 ) -> None:
     """Train a relevance LLM as TaoSR1 does: supervised reasons, preferences, GRPO."""
     from taoemb.config import describe, load_config
-    from taoemb.judge.train import JudgeTrainConfig, JudgeTrainer
+    from taoemb.judge.train import JudgeTrainer
+    from taoemb.judge.train_config import JudgeTrainConfig
 
     if help_config:
         for setting in describe(JudgeTrainConfig):

@@ -282,13 +282,13 @@ class TrainJob:
         return encoder, encodings
 
     def _stage1_continued(self) -> tuple[Encoder, int]:
-        """As many more steps of stage 1 as cost the item encodings that Retrieval-GRPO spent, at stage 2's learning rate:
-        starting again at stage 1's own forgets more than it learns."""
+        """As many more steps of stage 1 as cost the item encodings that Retrieval-GRPO spent, at .3 of its learning rate (our
+        choice): starting again at the whole of it forgets more than it learns."""
         stage1, spent = self.config.stage1, self.phases.values
         per_step = spent["stage1"]["item_encodings"] / stage1.steps
         steps = max(1, round(spent["retrieval_grpo"]["item_encodings"] / per_step))
         config = dataclasses.replace(stage1, steps=steps, seed=stage1.seed + 1,
-                                     learning_rate=self.config.stage2.learning_rate)  # fmt: skip
+                                     learning_rate=0.3 * stage1.learning_rate)  # fmt: skip
         encoder = self._prepared("stage1")
         encodings = train_contrastive(encoder, self.catalog, config, run_dir=self.run_dir, name="stage1_continued",
                                       trackers=self.config.trackers)  # fmt: skip

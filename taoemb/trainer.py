@@ -40,6 +40,7 @@ from taoemb.encoder import Encoder
 from taoemb.gradcache import GradCache
 from taoemb.health import CollapseAlarm, group_health
 from taoemb.index.refresh import Encode, IndexRefresher, build_index
+from taoemb.judge.oracle import OracleJudge
 from taoemb.list_rewards import ListScorer
 from taoemb.objective import Batch, Objective
 from taoemb.policy import effective_rank, entropy, kl_divergence, log_probs
@@ -82,7 +83,9 @@ class RetrievalGRPOTrainer:
         trackers: Sequence[Backend] = ("console", "jsonl"),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.encoder, self.catalog, self.config = encoder, catalog, config or RetrievalGRPOConfig()
+        self.encoder, self.catalog, config = encoder, catalog, config or RetrievalGRPOConfig()
+        self.learning_rate = config.learning_rate or _learning_rate(encoder, reward_functions)
+        self.config = dataclasses.replace(config, learning_rate=self.learning_rate)
         self.world = World.join()
         self.run_dir, self.name, self.trackers = Path(run_dir), name, trackers
         if len(reward_functions) != len(reward_weights) or not reward_functions:
@@ -145,7 +148,7 @@ class RetrievalGRPOTrainer:
         """
         config, encoder, owner = self.config, self.encoder, self.world.owner
         encoder.model.eval()
-        optimizer = self.world.adamw(encoder.trainable_parameters(), config.learning_rate)
+        optimizer = self.world.adamw(encoder.trainable_parameters(), self.learning_rate)
         folder, identity = self.run_dir / "checkpoints" / self.name, self._identity()
         self._begin()
         with self.world.owner_first():
@@ -163,7 +166,7 @@ class RetrievalGRPOTrainer:
             for step in range(start, start if self.stopping.over else config.steps):
                 self._seconds = {}
                 self.callbacks.call("on_step_begin", step, optimizer=optimizer)
-                rate = set_learning_rate(optimizer, config.learning_rate, config.warmup_ratio, step, config.steps)
+                rate = set_learning_rate(optimizer, self.learning_rate, config.warmup_ratio, step, config.steps)
                 group = self._next or self.retrieve(step)
                 rewards_BKR, refilled = self.judge(group, verdicts, step)
                 if config.prefetch:
@@ -492,3 +495,11 @@ def check_probe(config: RetrievalGRPOConfig, catalog: Catalog) -> None:
         raise ValueError(
             f"eval_steps={config.eval_steps} needs graded queries of split 'validation'; the catalog has none"
         )
+
+
+def _learning_rate(encoder: Encoder, functions: Sequence[RewardFunction]) -> float:
+    """The default: of static embeddings as far as the judge is right (LOG, "The learning rate")."""
+    if not encoder.static:
+        return 5e-6
+    judges = [function.judge for function in functions if isinstance(function, RelevanceReward)]
+    return 2e-2 if judges and all(isinstance(judge, OracleJudge) for judge in judges) else 6e-3

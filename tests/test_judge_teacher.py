@@ -186,7 +186,8 @@ def test_a_judge_is_trained_on_a_catalog_with_a_teacher(server, catalog, tiny_ch
     from test_judge_train import Seen, settings
     from transformers import AutoTokenizer
 
-    from taoemb.judge.train import JudgeTrainer, SFTConfig
+    from taoemb.judge.train import JudgeTrainer
+    from taoemb.judge.train_config import SFTConfig
 
     server.always = teach
     seen, told = Seen(monkeypatch), []
@@ -223,7 +224,8 @@ def test_labels_alone_are_not_taught_among_reasons(server, catalog, tiny_chat_ll
     pytest.importorskip("trl")
     from test_judge_train import Seen, settings
 
-    from taoemb.judge.train import JudgeTrainer, SFTConfig
+    from taoemb.judge.train import JudgeTrainer
+    from taoemb.judge.train_config import SFTConfig
 
     def sometimes(handler, request):
         good = "Label: 4" in request["messages"][-1]["content"] or "Label: 1" in request["messages"][-1]["content"]

@@ -20,7 +20,8 @@ from taoemb.catalog import Item, Query
 from taoemb.judge import CausalJudge, JudgePrompt
 from taoemb.judge import train as train_module
 from taoemb.judge.examples import Example
-from taoemb.judge.train import GRPOConfig, JudgeTrainConfig, JudgeTrainer, PreferenceConfig, SFTConfig, check_trl
+from taoemb.judge.train import JudgeTrainer, check_trl
+from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig, PreferenceConfig, SFTConfig
 
 trl = pytest.importorskip("trl")
 

@@ -31,7 +31,7 @@ from taoemb.encoder import Encoder
 from taoemb.health import CollapseError
 from taoemb.index.channels import BM25Channel
 from taoemb.index.exact import ExactIndex
-from taoemb.judge import OracleJudge
+from taoemb.judge import LexicalJudge, OracleJudge
 from taoemb.objective import Batch, Objective
 from taoemb.rewards import ExclusivityReward, QualityReward, RelevanceReward, RewardConfig
 from taoemb.store import encode_corpus
@@ -1308,3 +1308,24 @@ def test_callbacks_of_the_hugging_face_trainer(make, tmp_path):
 def test_what_is_no_callback(make, small_shop):
     with pytest.raises(TypeError, match="give instances of transformers.TrainerCallback"):
         Callbacks([print], RetrievalGRPOConfig(), None, 0)
+
+
+def test_the_encoder_follows_a_judge_as_far_as_it_is_right(make, small_shop, tiny_bert):
+    """The default learning rate; one that is given counts."""
+    soft = RelevanceReward(LexicalJudge(small_shop.items))
+    assert make(learning_rate=None).learning_rate == 2e-2
+    assert make([soft], run="soft", learning_rate=None).learning_rate == 6e-3
+    assert make([relevance(small_shop), soft], run="both", learning_rate=None).learning_rate == 6e-3
+    assert (
+        make([lambda items, **_: [1.0] * len(items)], run="none", learning_rate=None, policy="paper").learning_rate
+        == 6e-3
+    )
+    assert make(model=tiny_bert, run="bert", learning_rate=None).learning_rate == 5e-6
+    given = make([soft], run="given", learning_rate=0.01)
+    assert given.learning_rate == given.config.learning_rate == 0.01
+
+
+def test_the_default_learning_rate_is_logged(make):
+    trainer = make(learning_rate=None, steps=2, warmup_ratio=0)
+    trainer.train()
+    assert log_of(trainer)[0]["learning_rate"] == pytest.approx(2e-2)

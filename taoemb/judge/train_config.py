@@ -1,0 +1,152 @@
+"""Settings of a language-model judge's training. Marks: [paper] TaoSR1 (arXiv 2508.12365) publishes it, [ours] we chose it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from taoemb.contrastive import check_positive
+from taoemb.judge.examples import Style
+from taoemb.judge.prompts import RULES
+from taoemb.judge.schemes import get_scheme
+from taoemb.judge.teacher import TeacherConfig
+
+Stage = Literal["sft", "dpo", "kto", "grpo"]
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Stage ``sft``: completions with correct reasons."""
+
+    steps: int = 500
+    """Optimiser steps [ours]."""
+    batch_size: int = 16
+    """Examples a step [ours]."""
+    learning_rate: float = 2e-5
+    """Peak learning rate [ours]; give 10 times as much with LoRA."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Stages ``dpo`` and ``kto``: its own right against its own wrong completions, the teacher's where all are wrong [paper]."""
+
+    prompts: int = 1000
+    """Examples that are sampled for pairs [ours]."""
+    samples: int = 5
+    """Completions of each: pass@5 [paper]."""
+    temperature: float = 1.0
+    """Of the sampling [ours]."""
+    steps: int = 200
+    """Optimiser steps [ours]."""
+    batch_size: int = 8
+    """Pairs a step [ours]."""
+    learning_rate: float = 5e-6
+    """Peak learning rate [ours]."""
+    beta: float = 0.1
+    """Of DPO and KTO [ours]."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Stage ``grpo``: the reward of a completion is 1 for the right label in a readable completion, else 0 [paper]."""
+
+    prompts: int = 1000
+    """Examples whose difficulty is measured [ours]."""
+    num_generations: int = 8
+    """Completions in a group, and of the difficulty [ours]."""
+    difficulty: float = 1.0
+    """Prompts with more than 0 and less than this share of right completions are kept; 1 drops the all-right and all-wrong alone [paper:
+    the best]."""
+    balance: bool = True
+    """As many prompts of every label: a coefficient of variation of 0 [paper: the best]."""
+    temperature: float = 1.0
+    """Of the sampling [ours]."""
+    steps: int = 200
+    """Optimiser steps [ours]."""
+    batch_size: int = 4
+    """Prompts a step [ours]."""
+    learning_rate: float = 1e-6
+    """Peak learning rate [ours]."""
+    beta: float = 0.02
+    """Weight of the KL to the stage's start [ours]."""
+
+
+@dataclass(frozen=True)
+class JudgeTrainConfig:
+    """Everything that ``taoemb judge train`` can be told."""
+
+    model: str = ""
+    """Start model: a folder or hub id of a causal language model, or a GGUF file."""
+    data: str = ""
+    """Folder of a generated shop, whose rules write the correct reasons, or of a catalog with graded training queries."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """A model that writes the reasons, in the place of the shop's rules or for pairs that have none."""
+    stages: tuple[Stage, ...] = ("sft", "dpo", "grpo")
+    """In this order."""
+    style: Style = "post"
+    """``post``: label, then reasons, so that a grade takes one forward pass [paper: how it is served]; ``pre``: reasons first;
+    ``label``: no reasons."""
+    scheme: str = "taobao4"
+    """Labels."""
+    rules: str = RULES
+    """What the judge is told before the labels."""
+    examples: int = 4000
+    """Graded pairs of training queries for ``sft`` [ours]; of a catalog or a teacher for all stages."""
+    balance: bool = True
+    """As many of each grade."""
+    max_new_tokens: int = 128
+    """Longest completion."""
+    max_chars: int = 400
+    """Longest text of an item that is shown."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, merged after each stage; 0 trains all weights."""
+    gradient_checkpointing: bool = False
+    """Less memory for a third more time."""
+    bf16: bool | None = None
+    """Autocast of the forward passes to bfloat16; by default where a GPU has it. A CPU with AVX-512 BF16 or AMX gains from it too."""
+    save_steps: int = 100
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of every random choice."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """Supervised fine-tuning."""
+    dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Preferences, of ``dpo`` or ``kto``."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """Group-relative policy optimisation."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "examples", "max_new_tokens", "max_chars", "save_steps")
+        get_scheme(self.scheme)
+        if not self.stages or len(set(self.stages)) < len(self.stages) or not {*self.stages} <= {*get_args(Stage)}:
+            raise ValueError(f"stages={list(self.stages)}: give some of {', '.join(get_args(Stage))}, each once")
+        if self.style not in get_args(Style):
+            raise ValueError(f"style={self.style!r}: give one of {', '.join(get_args(Style))}")
+        for name in ("sft", "dpo", "grpo"):
+            words = ("steps", "batch_size", "learning_rate", *(() if name == "sft" else ("prompts", "temperature")))
+            with _of(name):
+                check_positive(getattr(self, name), *words)
+        with _of("dpo"):
+            check_positive(self.dpo, "beta")
+        if not 0 <= self.grpo.beta < np.inf:
+            raise ValueError(f"grpo.beta={self.grpo.beta}: give 0, for none, or a number greater than 0")
+        if not 0 < self.grpo.difficulty <= 1:
+            raise ValueError(f"grpo.difficulty={self.grpo.difficulty}: give a share above 0, at most 1")
+        if min(self.dpo.samples, self.grpo.num_generations) < 2:
+            raise ValueError(f"dpo.samples={self.dpo.samples}, grpo.num_generations={self.grpo.num_generations}: completions are compared, "
+                             "give 2 or more")  # fmt: skip
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank}: give a rank such as 16, or 0 to train all weights")
+
+
+@contextlib.contextmanager
+def _of(part: str) -> Iterator[None]:
+    """Name the part of the settings in a complaint about one of them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{part}.{error}") from None
