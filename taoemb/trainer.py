@@ -498,8 +498,8 @@ def check_probe(config: RetrievalGRPOConfig, catalog: Catalog) -> None:
 
 
 def _learning_rate(encoder: Encoder, functions: Sequence[RewardFunction]) -> float:
-    """The default: of static embeddings as far as the judge is right (LOG, "The learning rate")."""
+    """The default: of static embeddings as far as the judge is right (benchmarks/LOG.md, "The learning rate")."""
     if not encoder.static:
         return 5e-6
     judges = [function.judge for function in functions if isinstance(function, RelevanceReward)]
-    return 2e-2 if judges and all(isinstance(judge, OracleJudge) for judge in judges) else 6e-3
+    return 2e-2 if judges and all(isinstance(judge, OracleJudge) for judge in judges) else 3e-3

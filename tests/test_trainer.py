@@ -1314,11 +1314,11 @@ def test_the_encoder_follows_a_judge_as_far_as_it_is_right(make, small_shop, tin
     """The default learning rate; one that is given counts."""
     soft = RelevanceReward(LexicalJudge(small_shop.items))
     assert make(learning_rate=None).learning_rate == 2e-2
-    assert make([soft], run="soft", learning_rate=None).learning_rate == 6e-3
-    assert make([relevance(small_shop), soft], run="both", learning_rate=None).learning_rate == 6e-3
+    assert make([soft], run="soft", learning_rate=None).learning_rate == 3e-3
+    assert make([relevance(small_shop), soft], run="both", learning_rate=None).learning_rate == 3e-3
     assert (
         make([lambda items, **_: [1.0] * len(items)], run="none", learning_rate=None, policy="paper").learning_rate
-        == 6e-3
+        == 3e-3
     )
     assert make(model=tiny_bert, run="bert", learning_rate=None).learning_rate == 5e-6
     given = make([soft], run="given", learning_rate=0.01)
