@@ -3,8 +3,8 @@
     python benchmarks/judge_stages.py --data runs/shop-20000-0 --out runs/judge_stages --model SmolLM2-135M.gguf settings...
 
 Words after the options are settings of `JudgeTrainConfig` for every run. Rows: the start model
-(zero-shot), ``label``, ``pre`` and ``post`` after supervised fine-tuning, ``post`` after DPO and after GRPO, and GRPO on prompts as they come
-in the place of as many of each grade. Graded on pairs of test queries: the label is the most probable answer at the first place, for
+(zero-shot), ``label``, ``pre`` and ``post`` after supervised fine-tuning, one of these (``--style``) after DPO and after GRPO, and GRPO on prompts
+as they come in the place of as many of each grade. Graded on pairs of test queries: the label is the most probable answer at the first place, for
 ``pre`` the one that a greedy completion ends with. Prints a Markdown table and writes ``OUT/judge_stages.json``; what is there is not
 computed again.
 """
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--model", required=True)
+    parser.add_argument("--style", choices=("post", "pre"), default="post", help="what is trained further")
     parser.add_argument("--pairs", type=int, default=1000, help="test pairs")
     parser.add_argument("--written", type=int, default=200, help="test pairs for which completions are written")
     parser.add_argument("settings", nargs="*")
@@ -85,14 +86,15 @@ def one_seed(
         JudgeTrainer(config, folder / name, say=lambda text: print(f"seed {seed}, {name}, {text}", flush=True)).run()
 
     measured("zero-shot", model, "post")
-    for style in ("label", "pre"):
+    ours = arguments.style
+    for style in ("label", "post" if ours == "pre" else "pre"):
         run(style, model, "sft", f"style={style}")
         measured(style, folder / style / "sft" / "model", style)
-    run("post", model, "sft,dpo,grpo")
+    run(ours, model, "sft,dpo,grpo", f"style={ours}")
     for stage in ("sft", "dpo", "grpo"):
-        measured("post" if stage == "sft" else f"post + {stage}", folder / "post" / stage / "model", "post")
-    run("natural", folder / "post" / "dpo" / "model", "grpo", "grpo.balance=false", "balance=false")
-    measured("post + grpo, natural", folder / "natural" / "grpo" / "model", "post")
+        measured(ours if stage == "sft" else f"{ours} + {stage}", folder / ours / stage / "model", ours)
+    run("natural", folder / ours / "dpo" / "model", "grpo", f"style={ours}", "grpo.balance=false", "balance=false")
+    measured(f"{ours} + grpo, natural", folder / "natural" / "grpo" / "model", ours)
     return found
 
 
