@@ -2,7 +2,7 @@
 
     python benchmarks/small_llm.py --data runs/shop-20000-0 --out runs/small_llm
 
-A byte-level BPE of 4,096 tokens and a Llama of 4 layers, 256 wide (4 million weights), trained on what a shop has without anyone's grades:
+A byte-level BPE of 4,096 tokens and a Llama of 4 layers, 256 wide (4.5 million weights), trained on what a shop has without anyone's grades:
 the texts of its items, each behind a query of the log that bought it or before one, which is where words are copied from one
 place to the other. No grade and no reason is in it, so that what a judge made from it can do comes from the judge's own stages
 (`judge_stages.py --model`). Writes a folder that transformers loads, whole or not at all, and prints the loss on queries that were
@@ -35,9 +35,9 @@ TEMPLATE = (
 def main() -> None:
     """Train one and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a catalog with interactions")
+    parser.add_argument("--data", type=Path, required=True, help="a catalog with clicks")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--max-chars", type=int, default=100, help="of an item's text")
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = documents(Catalog.load(arguments.data), arguments.max_chars, arguments.seed)
     tokenizer = bpe(texts, JudgePrompt(rules=RULES).system().splitlines())
-    held, texts = texts[:1000], texts[1000:]
+    held, texts = texts[:1000], texts[1000:]  # a query's documents stand together
     torch.manual_seed(arguments.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -82,20 +82,22 @@ def main() -> None:
 
 
 def documents(catalog: Catalog, max_chars: int, seed: int) -> list[str]:
-    """A query and the item that it bought, in both orders, of training queries, in random order."""
-    prompt = JudgePrompt(max_chars=max_chars)
-    queries = {q.id: q for q in catalog.queries if q.split == "train"}
-    texts = []
+    """A query and each item that it bought, in both orders, of training queries in random order."""
     if catalog.clicks is None:
         raise SystemExit("the catalog has no clicks to read queries and items together from")
+    prompt = JudgePrompt(max_chars=max_chars)
+    bought: dict[str, dict[str, None]] = {}  # as a set that keeps its order
     columns = (catalog.clicks.column(name).to_pylist() for name in ("query_id", "item_id"))
-    for query_id, row in sorted(
-        {(q, r) for q, i in zip(*columns, strict=True) for r in catalog.items.positions([i]).tolist()}
-    ):
-        if query_id in queries:
-            query, item = prompt.user(queries[query_id], catalog.items[row]).split("\n", 1)
-            texts += [f"{query}\n{item}", f"{item}\n{query}"]
-    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+    for query_id, item_id in zip(*columns, strict=True):
+        bought.setdefault(query_id, {})[item_id] = None
+    queries = [q for q in catalog.queries if q.split == "train" and q.id in bought]
+    texts = []
+    for number in np.random.default_rng(seed).permutation(len(queries)):
+        query = queries[number]
+        for row in catalog.items.positions(list(bought[query.id])).tolist():
+            first, second = prompt.user(query, catalog.items[row]).split("\n", 1)
+            texts += [f"{first}\n{second}", f"{second}\n{first}"]
+    return texts
 
 
 def bpe(texts: list[str], lines: list[str]) -> PreTrainedTokenizerFast:
