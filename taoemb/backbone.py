@@ -31,12 +31,16 @@ Tower = Literal["shared", "query_only", "two_tower"]
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which weights are trained, and at what cost in memory. All but ``tower`` is for transformers, not for static
+    """Which weights are trained, and at what cost in memory. All but the towers is for transformers, not for static
     embeddings. Names follow transformers and peft."""
 
-    tower: Tower = "shared"
+    tower: Tower | None = None
     """``shared``: one model embeds queries and items. ``query_only``: items keep the start model's embeddings, so that their index
-    never changes, and a copy for queries is trained. ``two_tower``: both are trained, each with weights of its own."""
+    never changes, and a copy for queries is trained. ``two_tower``: both are trained, each with weights of its own. None:
+    ``two_tower`` for static embeddings and for a model that has two towers, else ``shared`` (our choice; benchmarks/LOG.md)."""
+    tower_sharing: float = 0.3
+    """With ``two_tower``: what a tower learns from the other, as a share of the other's gradient that is added to its own. 0: nothing;
+    at 1 the towers would never part. Towers of different architectures share nothing. Our method and default (benchmarks/LOG.md)."""
     lora_rank: int = 0
     """Rank of the LoRA adapters, 8 to 64 say, the only weights that are then trained; 0 trains all weights."""
     lora_alpha: int = 32
@@ -57,17 +61,17 @@ class BackboneConfig:
     """Compile the transformer's layers at their first use, which takes a minute and, on a CPU, a C++ compiler."""
 
     def __post_init__(self) -> None:
-        if self.tower not in get_args(Tower):
+        if self.tower not in (None, *get_args(Tower)):
             raise ValueError(f"tower={self.tower!r}: give {', '.join(get_args(Tower))}")
+        if not 0 <= self.tower_sharing < 1:
+            raise ValueError(f"tower_sharing={self.tower_sharing}: give a share from 0 to below 1; "
+                             "for towers that never part give tower='shared'")  # fmt: skip
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: give a rank such as 16, or 0 to train all weights")
         if self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha={self.lora_alpha}: give a number greater than 0")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: give a share from 0 to below 1")
-        if self.lora_rank and not self.merge_lora and self.tower != "shared":
-            raise ValueError(f"merge_lora=false, tower={self.tower!r}: transformers cannot load the adapters of a Router; give "
-                             "merge_lora=true, or tower='shared'")  # fmt: skip
         if not self.lora_targets or ("all-linear" in self.lora_targets and len(self.lora_targets) > 1):
             raise ValueError(f"lora_targets={list(self.lora_targets)}: give names of layers, or 'all-linear' alone")
 
@@ -86,9 +90,14 @@ def prepare(encoder: Encoder, config: BackboneConfig) -> None:
         raise ValueError(f"backend {encoder.backend!r} only encodes; load the model with backend='torch' to train it")
     _check_transformer(encoder.model, config)
     lora = _lora_config(config) if config.lora_rank else None
-    _build_towers(encoder.model, config.tower)
+    split = encoder.static or isinstance(encoder.model[0], Router)
+    tower = config.tower or ("two_tower" if split else "shared")
+    if lora is not None and not config.merge_lora and tower != "shared":
+        raise ValueError(f"merge_lora=false, tower={tower!r}: transformers cannot load the adapters of a Router; give "
+                         "merge_lora=true, or tower='shared'")  # fmt: skip
+    _build_towers(encoder.model, tower)
     trained: Any = encoder.model
-    if config.tower == "query_only":
+    if tower == "query_only":
         trained = encoder.model[0].sub_modules["query"]  # type: ignore[index]
     if lora is None:
         remove_adapters(encoder.model, merge=True)
@@ -97,10 +106,10 @@ def prepare(encoder: Encoder, config: BackboneConfig) -> None:
     encoder.model.requires_grad_(False)
     for name, parameter in trained.named_parameters():
         parameter.requires_grad_(not config.lora_rank or "lora_" in name)
-    if config.tower == "query_only":
+    if tower == "query_only":
         encoder.model[0].sub_modules["document"].requires_grad_(False)  # type: ignore[index]
     if not encoder.trainable_parameters():
-        raise ValueError(f"tower={config.tower!r}: the model's queries have no weights that its items do not use too; "
+        raise ValueError(f"tower={tower!r}: the model's queries have no weights that its items do not use too; "
                          "give a model with one tower, or tower='two_tower'")  # fmt: skip
     for layer in _layers(trained):
         _recompute(layer, config.gradient_checkpointing)
@@ -108,6 +117,7 @@ def prepare(encoder: Encoder, config: BackboneConfig) -> None:
             for part in layer.children() if config.gradient_checkpointing else [layer]:  # checkpoints stay outside
                 part.compile(dynamic=True)
     encoder.bf16, encoder.merge_lora = config.bf16, config.merge_lora
+    encoder.tower_sharing = config.tower_sharing if tower == "two_tower" else 0.0
 
 
 def _check_transformer(model: SentenceTransformer, config: BackboneConfig) -> None:

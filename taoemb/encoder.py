@@ -63,7 +63,8 @@ class Encoder:
         cache: folder in which the exports of the backends are kept, for the next start; by default nowhere.
 
     Attributes set by `taoemb.backbone.prepare`: ``bf16``, forward passes compute in bfloat16 (vectors and weights stay
-    float32); ``merge_lora``, `save` merges LoRA adapters into plain weights instead of writing them as adapters.
+    float32); ``merge_lora``, `save` merges LoRA adapters into plain weights instead of writing them as adapters;
+    ``tower_sharing``, what `share_gradients` adds to each of two towers.
 
     >>> Encoder("no-such-folder/model")
     Traceback (most recent call last):
@@ -102,6 +103,7 @@ class Encoder:
         self.model = model.float().eval()  # distilled static models are saved as float16, in which Adam overflows
         self.template = template or saved or ItemTemplate()
         self.bf16 = self.merge_lora = False
+        self.tower_sharing = 0.0
         self._tokens: dict[Kind, dict[str, npt.NDArray[np.int32]]] = {"query": {}, "document": {}}
         self.batch_size = batch_size or (2048 if self.static else 64)
         documents = (model.prompts[name] for name in _DOCUMENT_PROMPTS if model.prompts.get(name))
@@ -136,6 +138,24 @@ class Encoder:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The weights that training changes, each once; all others are frozen."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def share_gradients(self) -> None:
+        """Add to the gradient of each tower ``tower_sharing`` times the other's: ``g_q + s g_i`` and ``g_i + s g_q``.
+
+        Words that only the queries (or the items) of a training log hold are so learned by both towers, and yet a word may come to mean
+        something else in a query than in an item. One tower is the case s = 1, two towers as usually trained s = 0."""
+        first = self.model[0]
+        if not self.tower_sharing or not isinstance(first, Router):
+            return
+        query, item = (dict(first.sub_modules[kind].named_parameters()) for kind in ("query", "document"))
+        if {name: p.shape for name, p in query.items()} != {name: p.shape for name, p in item.items()}:
+            return
+        for name in query:
+            one, other = query[name].grad, item[name].grad
+            if one is not None and other is not None and query[name] is not item[name]:
+                both = one + other  # g_q + s g_i = (1 - s) g_q + s (g_q + g_i)
+                one.lerp_(both, self.tower_sharing)
+                other.lerp_(both, self.tower_sharing)
 
     @property
     def items_fixed(self) -> bool:
@@ -337,7 +357,7 @@ class Encoder:
         The copy of a compiled model runs without compilation."""
         other = Encoder(copy.deepcopy(self.model), template=self.template, batch_size=self.batch_size)
         other.backend, other._run, other._exported = self.backend, self._run, self._exported
-        other.bf16, other.merge_lora = self.bf16, self.merge_lora
+        other.bf16, other.merge_lora, other.tower_sharing = self.bf16, self.merge_lora, self.tower_sharing
         return other
 
 

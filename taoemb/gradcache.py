@@ -85,6 +85,7 @@ class GradCache:
                 torch.autograd.backward(vectors, gradient[start : start + self.chunk_size])
         self._parts.clear()
         self.world.sum_gradients(self.encoder.trainable_parameters())
+        self.encoder.share_gradients()
         _set_rng_state(after, self.encoder.device)
 
 

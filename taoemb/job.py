@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router
 from tqdm import tqdm
 
 from taoemb import __version__
@@ -77,7 +78,7 @@ class TrainConfig:
     template: ItemTemplate = field(default_factory=ItemTemplate)
     """How an item becomes the text that the encoder and BM25 read."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    """Which weights both stages train: towers, LoRA, precision, memory."""
+    """Which weights both stages train: towers, which part in stage 2, LoRA, precision, memory."""
     generated_queries: int = 4000
     """Training queries to write when the catalog has none of split ``train``; fewer where its items do not give as many."""
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
@@ -241,10 +242,13 @@ class TrainJob:
         draw_chances(self.catalog.queries.select("train"), stage2.tail_power)
         check_probe(stage2, self.catalog)
 
-    def _prepared(self, system: str) -> Encoder:
-        """The encoder of a system, ready for training on."""
-        encoder = self.encoder(system)
-        prepare(encoder, self.config.backbone)
+    def _prepared(self, system: str, stage: Literal[1, 2]) -> Encoder:
+        """The encoder of a system, ready for a stage. Towers part in stage 2: clicks alone teach one tower more than two
+        (benchmarks/LOG.md)."""
+        encoder, config = self.encoder(system), self.config.backbone
+        if stage == 1 and config.tower in (None, "two_tower") and not isinstance(encoder.model[0], Router):
+            config = dataclasses.replace(config, tower="shared")
+        prepare(encoder, config)
         return encoder
 
     def _folder(self, system: str) -> Path:
@@ -276,7 +280,7 @@ class TrainJob:
         return Encoder(model, template=self.config.template), 0
 
     def _stage1(self) -> tuple[Encoder, int]:
-        encoder = self._prepared("untrained")
+        encoder = self._prepared("untrained", 1)
         encodings = train_contrastive(encoder, self.catalog, self.config.stage1, run_dir=self.run_dir, name="stage1",
                                       trackers=self.config.trackers)  # fmt: skip
         return encoder, encodings
@@ -289,7 +293,7 @@ class TrainJob:
         steps = max(1, round(spent["retrieval_grpo"]["item_encodings"] / per_step))
         config = dataclasses.replace(stage1, steps=steps, seed=stage1.seed + 1,
                                      learning_rate=0.3 * stage1.learning_rate)  # fmt: skip
-        encoder = self._prepared("stage1")
+        encoder = self._prepared("stage1", 1)
         encodings = train_contrastive(encoder, self.catalog, config, run_dir=self.run_dir, name="stage1_continued",
                                       trackers=self.config.trackers)  # fmt: skip
         return encoder, encodings
@@ -298,7 +302,7 @@ class TrainJob:
         config = self.config.stage2
         if name != "retrieval_grpo":
             config = dataclasses.replace(config, policy=policy, distill_weight=0.0)
-        encoder = self._prepared("stage1")
+        encoder = self._prepared("stage1", 2)
         functions, weights = self._rewards(config)
         trainer = RetrievalGRPOTrainer(encoder, self.catalog, functions, weights, config, run_dir=self.run_dir,
                                        name=name, trackers=self.config.trackers)  # fmt: skip

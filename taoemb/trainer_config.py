@@ -66,7 +66,7 @@ class RetrievalGRPOConfig:
     """Clip range of the ratio upwards."""
     beta: float = 0.02
     """Weight of KL(policy || stage-1 policy)."""
-    infonce_weight: float = 1.5
+    infonce_weight: float = 2.0
     """Weight of stage 1's InfoNCE loss, the anchor that keeps the tail; 0 leaves it out (as published). The other queries'
     candidates serve as further negatives, which costs no encoding; a query's own are left to the policy."""
     global_negatives: int = 512
@@ -95,7 +95,7 @@ class RetrievalGRPOConfig:
     """Above 0, relevance (the first reward) is maximised under the constraint that no other objective falls under its level at the
     start: each step raises the weight of one that has by this rate times the gap, and lowers that of one that has not, down
     to 0. The weights given are where they begin."""
-    distill_weight: float = 3.0
+    distill_weight: float = 4.0
     """Weight of ``kl_distill`` beside the policy: it holds the whole of a group to the judge's distribution while the policy sharpens its
     head. 0 leaves it out, as published; beside ``kl_distill`` the weights add up."""
     distill_temperature: float = 0.2

@@ -17,6 +17,7 @@ from taoemb import backbone
 from taoemb.backbone import BackboneConfig, prepare
 from taoemb.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint, save_weights
 from taoemb.encoder import Encoder
+from taoemb.gradcache import GradCache
 
 TEXTS = ["red face cream", "cream", "a much longer text about a vegan face cream for dry skin , 50 ml", "dry skin"]
 LORA = BackboneConfig(lora_rank=4, lora_alpha=8)
@@ -150,7 +151,7 @@ def test_tokenizer_without_pad_and_eos(tiny_llm, tmp_path):
         ({"lora_rank": -1}, "lora_rank=-1"),
         ({"lora_alpha": 0}, "lora_alpha=0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
-        ({"lora_rank": 4, "merge_lora": False, "tower": "two_tower"}, "merge_lora=false, tower='two_tower'"),
+        ({"tower_sharing": 1.0}, "tower_sharing=1.0: give a share from 0 to below 1; .*tower='shared'"),
         ({"lora_targets": ()}, "lora_targets=\\[\\]"),
         ({"lora_targets": ("all-linear", "q_proj")}, "'all-linear' alone"),
     ],
@@ -179,6 +180,9 @@ def test_what_cannot_be_prepared(tiny_bert, monkeypatch):
         with pytest.raises(ImportError, match=r'pip install "taoemb\[lora\]"'):
             prepare(encoder, dataclasses.replace(LORA, tower="two_tower"))
     assert encoder.fingerprint == before
+    with pytest.raises(ValueError, match="merge_lora=false, tower='two_tower'.*Router"):
+        prepare(encoder, dataclasses.replace(LORA, tower="two_tower", merge_lora=False))
+    assert encoder.fingerprint == before
     encoder.backend = "onnx"
     with pytest.raises(ValueError, match="backend 'onnx' only encodes"):
         prepare(encoder, BackboneConfig())
@@ -187,8 +191,52 @@ def test_what_cannot_be_prepared(tiny_bert, monkeypatch):
 # Towers --------------------------------------------------------------------------------------------------------------
 
 
+def test_static_embeddings_get_two_towers_and_transformers_one(folder):
+    static = Encoder(folder).static
+    encoder = prepared(folder)
+    assert isinstance(encoder.model[0], Router) == static
+    assert encoder.tower_sharing == (0.3 if static else 0)
+    encoder = prepared(folder, tower="two_tower")
+    prepare(encoder, BackboneConfig())  # what it is already
+    assert encoder.copy().tower_sharing == 0.3
+    assert not encoder.items_fixed
+
+
+def test_towers_share_their_gradients(folder):
+    encoder = prepared(folder, tower="two_tower", tower_sharing=0.25)
+    towers = [encoder.model[0].sub_modules[kind] for kind in ("query", "document")]
+    cache = GradCache(encoder, chunk_size=0)
+    own = []
+    for kind in ("query", "document"):
+        encoder.tower_sharing = 0.0
+        cache.encode(TEXTS, kind)[:, 0].sum().backward()
+        cache.backward()
+        own.append([None if p.grad is None else p.grad.clone() for p in towers[len(own)].parameters()])
+        encoder.model.zero_grad()
+    encoder.tower_sharing = 0.25
+    (cache.encode(TEXTS, "query")[:, 0].sum() + cache.encode(TEXTS, "document")[:, 0].sum()).backward()
+    cache.backward()
+    for tower, (one, other) in zip(towers, (own, own[::-1]), strict=True):
+        for parameter, mine, theirs in zip(tower.parameters(), one, other, strict=True):
+            if mine is not None:
+                torch.testing.assert_close(parameter.grad, mine + 0.25 * theirs)
+    assert any(mine is not None and bool(mine.any()) for mine in own[0])
+
+
+def test_towers_of_two_kinds_share_nothing(static_model, tiny_bert):
+    bert, static = Encoder(tiny_bert).model, Encoder(static_model).model
+    model = SentenceTransformer(modules=[Router.for_query_document(list(static)[:-1], list(bert)[:-1])], device="cpu")
+    encoder = Encoder(model)
+    encoder.tower_sharing = 0.3
+    encoder.forward(TEXTS, "query").sum().backward()
+    before = [None if p.grad is None else p.grad.clone() for p in encoder.model.parameters()]
+    encoder.share_gradients()
+    for parameter, gradient in zip(encoder.model.parameters(), before, strict=True):
+        assert (parameter.grad is None and gradient is None) or torch.equal(parameter.grad, gradient)
+
+
 def test_shared_is_what_an_encoder_is_anyway(folder):
-    encoder, plain = prepared(folder), Encoder(folder)
+    encoder, plain = prepared(folder, tower="shared"), Encoder(folder)
     assert encoder.fingerprint == plain.fingerprint
     assert len(encoder.trainable_parameters()) == len(plain.trainable_parameters()) == len([*plain.model.parameters()])
     assert not encoder.items_fixed
@@ -236,7 +284,7 @@ def test_towers_begin_as_the_model_and_part_in_training(folder, tower, tmp_path)
     assert again.items_fixed == encoder.items_fixed
     assert len(again.trainable_parameters()) == len(encoder.trainable_parameters())
     with pytest.raises(ValueError, match="tower='shared': the model has two towers"):
-        prepare(again, BackboneConfig())
+        prepare(again, BackboneConfig(tower="shared"))
 
 
 def test_prompts_reach_the_towers(folder, tmp_path):
