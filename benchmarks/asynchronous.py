@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from taoemb.backbone import prepare
 from taoemb.catalog import Catalog
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
@@ -73,6 +74,7 @@ def main() -> None:
         config = replace(settings.stage2, steps=arguments.steps, save_steps=10 * arguments.steps, refresh_steps=every,
                          refresh_mode="full", refresh_async=background)  # fmt: skip
         encoder = Encoder(arguments.run / "models" / "stage1", device=arguments.device)
+        prepare(encoder, settings.backbone)
         trainer = Timed(encoder, catalog, rewards, [weights.relevance, weights.quality, weights.exclusivity], config,
                         run_dir=arguments.out, name=f"{name}-{time.time_ns()}", trackers=())  # fmt: skip
         trainer.steps, trainer.began, trainer.beside = [], 0.0, False

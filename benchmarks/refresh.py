@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from taoemb.backbone import prepare
 from taoemb.catalog import Catalog
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
@@ -95,6 +96,7 @@ def measure(
                ExclusivityReward(bm25, weights.exclusivity_mode, weights.exclusivity_top_n)]  # fmt: skip
     name = f"{mode}-{len(catalog.items)}-{arguments.every}-{arguments.share:g}" + "-async" * arguments.asynchronous
     encoder = Encoder(arguments.run / "models" / "stage1")
+    prepare(encoder, settings.backbone)
     trainer = Measured(encoder, catalog, rewards, [weights.relevance, weights.quality, weights.exclusivity], config,
                        run_dir=arguments.out, name=name, trackers=("jsonl",))  # fmt: skip
     trainer.rows, trainer.measure_every = [], arguments.every

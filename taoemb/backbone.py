@@ -19,12 +19,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from taoemb.encoder import Encoder, module_settings
 from taoemb.pretrained import has_adapter, remove_adapters
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-    from taoemb.encoder import Encoder
 
 Tower = Literal["shared", "query_only", "two_tower"]
 
@@ -40,7 +39,8 @@ class BackboneConfig:
     ``two_tower`` for static embeddings and for a model that has two towers, else ``shared`` (our choice; benchmarks/LOG.md)."""
     tower_sharing: float = 0.3
     """With ``two_tower``: what a tower learns from the other, as a share of the other's gradient that is added to its own. 0: nothing;
-    at 1 the towers would never part. Towers of different architectures share nothing. Our method and default (benchmarks/LOG.md)."""
+    at 1 the towers would never part. Towers of different modules or tokens share nothing. Our method and default, measured with static
+    embeddings alone (benchmarks/LOG.md)."""
     lora_rank: int = 0
     """Rank of the LoRA adapters, 8 to 64 say, the only weights that are then trained; 0 trains all weights."""
     lora_alpha: int = 32
@@ -72,6 +72,7 @@ class BackboneConfig:
             raise ValueError(f"lora_alpha={self.lora_alpha}: give a number greater than 0")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: give a share from 0 to below 1")
+        _check_saved(self, self.tower)
         if not self.lora_targets or ("all-linear" in self.lora_targets and len(self.lora_targets) > 1):
             raise ValueError(f"lora_targets={list(self.lora_targets)}: give names of layers, or 'all-linear' alone")
 
@@ -90,11 +91,9 @@ def prepare(encoder: Encoder, config: BackboneConfig) -> None:
         raise ValueError(f"backend {encoder.backend!r} only encodes; load the model with backend='torch' to train it")
     _check_transformer(encoder.model, config)
     lora = _lora_config(config) if config.lora_rank else None
-    split = encoder.static or isinstance(encoder.model[0], Router)
+    split = isinstance(encoder.model[0], Router) or (encoder.static and not _module_arguments(encoder.model))
     tower = config.tower or ("two_tower" if split else "shared")
-    if lora is not None and not config.merge_lora and tower != "shared":
-        raise ValueError(f"merge_lora=false, tower={tower!r}: transformers cannot load the adapters of a Router; give "
-                         "merge_lora=true, or tower='shared'")  # fmt: skip
+    _check_saved(config, tower)
     _build_towers(encoder.model, tower)
     trained: Any = encoder.model
     if tower == "query_only":
@@ -117,7 +116,7 @@ def prepare(encoder: Encoder, config: BackboneConfig) -> None:
             for part in layer.children() if config.gradient_checkpointing else [layer]:  # checkpoints stay outside
                 part.compile(dynamic=True)
     encoder.bf16, encoder.merge_lora = config.bf16, config.merge_lora
-    encoder.tower_sharing = config.tower_sharing if tower == "two_tower" else 0.0
+    encoder.tower_sharing = config.tower_sharing if tower == "two_tower" and _alike(encoder.model) else 0.0
 
 
 def _check_transformer(model: SentenceTransformer, config: BackboneConfig) -> None:
@@ -147,14 +146,32 @@ def _build_towers(model: SentenceTransformer, tower: Tower) -> None:
         return
     if tower == "shared":
         return
-    arguments = {name: given for name, given in (model.module_kwargs or {}).items() if given}
-    if arguments:
+    if arguments := _module_arguments(model):
         raise ValueError(f"tower={tower!r}: the model's modules take arguments of their own ({arguments}), "
                          "which no Router passes on; give tower='shared'")  # fmt: skip
     modules: list[Any] = list(model)[:-1]
     router = Router.for_query_document(query_modules=copy.deepcopy(modules), document_modules=modules)
     del model[: len(modules)]
     model.insert(0, router)
+
+
+def _module_arguments(model: SentenceTransformer) -> dict[str, Any]:
+    return {name: given for name, given in (model.module_kwargs or {}).items() if given}
+
+
+def _alike(model: SentenceTransformer) -> bool:
+    """Whether a weight of one tower means what the same weight of the other does: same modules, shapes and tokens."""
+    first: Any = model[0]
+    query, item = (first.sub_modules[kind] for kind in ("query", "document"))
+    shapes = [[(name, p.shape) for name, p in tower.named_parameters()] for tower in (query, item)]
+    return (list(module_settings(query)) == list(module_settings(item)) and shapes[0] == shapes[1]
+            and query[0].tokenizer.get_vocab() == item[0].tokenizer.get_vocab())  # fmt: skip
+
+
+def _check_saved(config: BackboneConfig, tower: Tower | None) -> None:
+    if config.lora_rank and not config.merge_lora and tower not in (None, "shared"):
+        raise ValueError(f"merge_lora=false, tower={tower!r}: transformers cannot load the adapters of a Router; give "
+                         "merge_lora=true, or tower='shared'")  # fmt: skip
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------
@@ -174,10 +191,10 @@ def _lora_config(config: BackboneConfig) -> LoraConfig:
 def _add_adapters(trained: nn.Module, lora: LoraConfig, device: torch.device) -> None:
     """Add an adapter to each transformer that has none."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
         for module in trained.modules():
             if not isinstance(module, Transformer):
                 continue
+            torch.manual_seed(0)  # two towers begin alike, so that they can share gradients
             if has_adapter(module):
                 for known in module.auto_model.peft_config.values():
                     _check_same(known, lora)

@@ -143,19 +143,17 @@ class Encoder:
         """Add to the gradient of each tower ``tower_sharing`` times the other's: ``g_q + s g_i`` and ``g_i + s g_q``.
 
         Words that only the queries (or the items) of a training log hold are so learned by both towers, and yet a word may come to mean
-        something else in a query than in an item. One tower is the case s = 1, two towers as usually trained s = 0."""
+        something else in a query than in an item. s = 0 are two towers as usually trained; s = 1 would be one (but for the clipping of the
+        gradient, whose norm has both towers in it). Does nothing for other models."""
         first = self.model[0]
         if not self.tower_sharing or not isinstance(first, Router):
             return
-        query, item = (dict(first.sub_modules[kind].named_parameters()) for kind in ("query", "document"))
-        if {name: p.shape for name, p in query.items()} != {name: p.shape for name, p in item.items()}:
-            return
-        for name in query:
-            one, other = query[name].grad, item[name].grad
-            if one is not None and other is not None and query[name] is not item[name]:
-                both = one + other  # g_q + s g_i = (1 - s) g_q + s (g_q + g_i)
-                one.lerp_(both, self.tower_sharing)
-                other.lerp_(both, self.tower_sharing)
+        towers = (first.sub_modules[kind].parameters() for kind in ("query", "document"))
+        for query, item in zip(*towers, strict=True):
+            if query.grad is not None and item.grad is not None and query is not item:
+                both = query.grad + item.grad  # g_q + s g_i = (1 - s) g_q + s (g_q + g_i)
+                query.grad.lerp_(both, self.tower_sharing)
+                item.grad.lerp_(both, self.tower_sharing)
 
     @property
     def items_fixed(self) -> bool:

@@ -83,7 +83,8 @@ class TrainConfig:
     """Training queries to write when the catalog has none of split ``train``; fewer where its items do not give as many."""
     systems: tuple[System, ...] = ("bm25", "untrained", "stage1", "stage1_continued", "retrieval_grpo")
     """Rows of the comparison, 'stage1' and 'retrieval_grpo' always among them. The name of a policy (``stage2.policy``) adds a row of that policy
-    by itself, without distillation beside it; ``kl_distill`` is the rival that learns the softmax of the same rewards."""
+    by itself, without distillation beside it; ``kl_distill`` is the rival that learns the softmax of the same rewards (it does best with
+    ``stage2.infonce_weight=0.5``, which these rows take from the run)."""
     channels: tuple[str, ...] = ("bm25",)
     """Recall channels that exclusivity and overlap are measured against, an item counting as known where any of them finds
     it: ``bm25``, and TREC run files with every query that is trained or compared on."""

@@ -447,6 +447,7 @@ class RetrievalGRPOTrainer:
             "reward_weights": [*self.objective.weights_R.tolist(), *self.lists.weights],
             "processes": self.world.size,
             "start_model": self.encoder.fingerprint,
+            **({"tower_sharing": share} if (share := self.encoder.tower_sharing) else {}),
             "items": ids_hash(self.catalog.items.ids),
             "queries": ids_hash(self.catalog.queries.ids),
         }
