@@ -55,7 +55,8 @@ def main() -> None:
     for seed in arguments.seeds:
         for name, found in one_seed(arguments, shop, arguments.model, seed, arguments.out / f"seed{seed}").items():
             rows.setdefault(name, []).append(found)
-    result = {name: {key: [row[key] for row in found if key in row] for key in SHOWN} for name, found in rows.items()}
+    keys = (*SHOWN, "kappa", *(f"pass@{k}" for k in range(2, 5)))
+    result = {name: {key: [row[key] for row in found if key in row] for key in keys} for name, found in rows.items()}
     write_json(
         arguments.out / "judge_stages.json", {"seeds": arguments.seeds, "settings": arguments.settings, "rows": result}
     )
@@ -63,7 +64,7 @@ def main() -> None:
     for name, row in result.items():
         cells = [
             f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") if v else ""
-            for v in row.values()
+            for v in map(row.__getitem__, SHOWN)
         ]
         print(f"| {name} | " + " | ".join(cells) + " |")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/small_llm.py --data runs/shop-20000-0 --out runs/small_llm
 
-A byte-level BPE of 4,096 tokens and a Llama of 4 layers, 256 wide (4.5 million weights), trained on what a shop has without anyone's grades:
+An uncased byte-level BPE of 4,096 tokens and a Llama of 4 layers, 256 wide (4.5 million weights), trained on what a shop has without anyone's grades:
 the texts of its items, each behind a query of the log that bought it or before one, which is where words are copied from one
 place to the other. No grade and no reason is in it, so that what a judge made from it can do comes from the judge's own stages
 (`judge_stages.py --model`). Writes a folder that transformers loads, whole or not at all, and prints the loss on queries that were
@@ -18,18 +18,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from judge_stages import RULES
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from taoemb.catalog import Catalog
 from taoemb.files import replace_folder
 from taoemb.judge.prompts import JudgePrompt
+from taoemb.shop_rules import ATTRIBUTE_VERDICTS, CATEGORY_VERDICTS
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+ITEM = (
+    'Query: "', '"\n', 'Item: {"title": "', '", "brand": "', '", "category": "', '", "price": ', ', "attributes": {"',
+    '": "', '", "', '"}, "description": "', ', "description": "', '"}}', '"}',
+)  # fmt: skip
+REASONS = ("Product: ", " is wanted, this is ", "\nConditions: ", ": yes", ": no", "; ", "\nGrade: ", "\n")
 
 
 def main() -> None:
@@ -45,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     texts = documents(Catalog.load(arguments.data), arguments.max_chars, arguments.seed)
-    tokenizer = bpe(texts, JudgePrompt(rules=RULES).system().splitlines())
+    tokenizer = bpe(texts)
     held, texts = texts[:1000], texts[1000:]  # a query's documents stand together
     torch.manual_seed(arguments.seed)
     model = LlamaForCausalLM(
@@ -100,19 +107,28 @@ def documents(catalog: Catalog, max_chars: int, seed: int) -> list[str]:
     return texts
 
 
-def bpe(texts: list[str], lines: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with numbers as single digits; ``lines``, that stand in every prompt, are one token each."""
+def bpe(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer without capitals and with numbers as single digits, so that a word is the same token in a query, in a title and in
+    a reason; what stands in every prompt and in every completion, word for word, is one token each."""
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "</s>", "<system>", "<user>", "<assistant>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    instructions = JudgePrompt(rules=RULES).system().splitlines(keepends=True)
+    verdicts = [f"\n{name}: {verdict}" for name, known in (("Category", CATEGORY_VERDICTS), ("Attributes", ATTRIBUTE_VERDICTS))
+                for verdict in known]  # fmt: skip
+    fixed = [AddedToken(piece, normalized=False) for piece in (*instructions, *ITEM, *REASONS, *verdicts)]
+    words = [text.lower() for text in texts]
+    for piece in ITEM:
+        words = [text.replace(piece.lower(), " ") for text in words]
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet)
+        words, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet)
     )
-    tokenizer.add_tokens(lines)
+    tokenizer.add_tokens(fixed)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", additional_special_tokens=special[2:],
         chat_template=TEMPLATE, padding_side="left",

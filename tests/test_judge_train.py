@@ -24,6 +24,7 @@ from taoemb.judge.train import JudgeTrainer, check_trl
 from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig, PreferenceConfig, SFTConfig
 
 trl = pytest.importorskip("trl")
+from taoemb.judge.relevance_grpo import RelevanceGRPOTrainer  # noqa: E402
 
 COLOURS = ("red", "blue", "green", "black")
 PAIRS = [
@@ -220,21 +221,23 @@ def test_grpo_uses_prompts_that_are_neither_too_easy_nor_too_hard(run):
     for row, (query, title, grade) in zip(dataset, kept):
         assert query in row["prompt"][-1]["content"]
         assert f'"{title}"' in row["prompt"][-1]["content"]
-        assert row["answer"] == grade
+        assert run.seen["grpo"].labels[row["example"]] == grade
 
 
 def test_grpo_rewards_the_right_label(run, tmp_path, monkeypatch):
-    """TRL hands the column ``answer`` and the completions to the reward."""
-    calls, reward = [], run._reward()
+    """TRL hands the column ``example`` and the completions to the reward."""
+    calls, trainer, reward = [], run.seen["grpo"], RelevanceGRPOTrainer.shaped_reward
     chats = [[{"role": "assistant", "content": text}] for text in ("4", "1", "4 4", "")]
-    assert reward(chats, answer=[3, 3, 3, 0], prompts=None) == [1, 0, 0, 0]
-    assert reward([" 2", "2"], answer=[1, 0]) == [1, 0]
+    best, second = trainer.labels.index(3), trainer.labels.index(1)
+    assert trainer.shaped_reward(chats, [best, best, best, second], prompts=None) == [1, 0, 0, 0]
+    assert trainer.shaped_reward([" 2", "2"], [second, best]) == [1, 0]
 
-    def watching(completions, answer, **more):
-        calls.append(([c[0]["content"] for c in completions], answer, [p[-1]["content"] for p in more["prompts"]]))
-        return reward(completions, answer)
+    def watching(self, completions, example, **more):
+        prompts = [p[-1]["content"] for p in more["prompts"]]
+        calls.append(([c[0]["content"] for c in completions], [self.labels[n] for n in example], prompts))
+        return reward(self, completions, example)
 
-    monkeypatch.setattr(JudgeTrainer, "_reward", lambda self: watching)
+    monkeypatch.setattr(RelevanceGRPOTrainer, "shaped_reward", watching)
     config = dataclasses.replace(
         run.config,
         model=str(run.run_dir / "dpo" / "model"),
@@ -248,7 +251,7 @@ def test_grpo_rewards_the_right_label(run, tmp_path, monkeypatch):
         assert answers == [truth[prompt.split('"')[1]] for prompt in prompts]
         assert answers == [answer for answer in answers[::4] for _ in range(4)]
         assert set(texts) & set("1234")
-    logged = [row["rewards/right_label/mean"] for row in rows_of(run.run_dir / "grpo") if "loss" in row]
+    logged = [row["rewards/shaped_reward/mean"] for row in rows_of(run.run_dir / "grpo") if "loss" in row]
     assert 0 < logged[0] < 1
 
 

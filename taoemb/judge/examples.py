@@ -23,7 +23,8 @@ from taoemb.types import MAX_GRADE
 
 Style = Literal["post", "pre", "label"]
 _LINE = re.compile(r"^(Category|Attributes): (\w+)\s*$", re.MULTILINE)
-_GRADE = "Grade:"
+GRADE_LINE = "Grade:"
+"""What the label's line begins with where reasons come first."""
 LINES = ("Product:", "Conditions:", "Category:", "Attributes:")
 """What the lines of a chain begin with."""
 
@@ -52,7 +53,7 @@ class Example:
             raise ValueError(f"style={style!r}: give one of {', '.join(get_args(Style))}")
         if style == "label" or not self.reasons:
             return answer
-        return f"{answer}\n{self.reasons}" if style == "post" else f"{self.reasons}\n{_GRADE} {answer}"
+        return f"{answer}\n{self.reasons}" if style == "post" else f"{self.reasons}\n{GRADE_LINE} {answer}"
 
 
 def parse(text: str, style: Style = "post", scheme: LabelScheme = GRADES_4) -> ParsedChain:
@@ -78,8 +79,8 @@ def parse_label(text: str, style: Style = "post", scheme: LabelScheme = GRADES_4
     if not lines:
         return None
     if style == "pre":
-        stated = [line for line in lines if line.startswith(_GRADE)]
-        line = stated[-1].removeprefix(_GRADE) if stated else ""
+        stated = [line for line in lines if line.startswith(GRADE_LINE)]
+        line = stated[-1].removeprefix(GRADE_LINE) if stated else ""
     else:
         line = lines[0]
     answers = [answer.strip() for answer in scheme.answers]

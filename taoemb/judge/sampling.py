@@ -16,6 +16,7 @@ from tqdm import tqdm
 from taoemb.files import read_json, write_json
 from taoemb.judge.examples import Example, Style, parse, parse_label
 from taoemb.judge.prompts import ModelPrompt
+from taoemb.judge.schemes import LabelScheme
 from taoemb.judge.verdicts import fingerprint
 from taoemb.pretrained import weights_digest
 
@@ -112,13 +113,19 @@ def preference_pairs(
 
 
 def difficult(
-    correct: np.ndarray, labels: Sequence[int], limit: float = 1.0, balance: bool = True, seed: int = 0
+    correct: np.ndarray,
+    labels: Sequence[int],
+    limit: float = 1.0,
+    balance: bool = True,
+    seed: int = 0,
+    *,
+    hardest: float = 0.0,
 ) -> list[int]:
-    """Positions of the examples with ``0 < #correct < limit * n``: the others' groups have equal rewards and teach nothing (TaoSR1: the
+    """Positions of the examples with ``hardest * n < #correct < limit * n``: groups with equal rewards teach nothing (TaoSR1: the
     best limit drops the all-right and all-wrong alone). With ``balance`` every label that is left has as many as the rarest (TaoSR1:
     a coefficient of variation of 0), drawn at random. In rising order."""
-    right = correct.sum(1)
-    kept = np.flatnonzero((right > 0) & (right < limit * correct.shape[1] - 1e-9))  # .28 * 25 is above 7
+    right, n = correct.sum(1), correct.shape[1]
+    kept = np.flatnonzero((right > hardest * n + 1e-9) & (right < limit * n - 1e-9))  # .28 * 25 is above 7
     if balance and len(kept):
         of_label = np.asarray(labels)[kept]
         count = min((of_label == label).sum() for label in np.unique(of_label))
@@ -127,6 +134,60 @@ def difficult(
             [rng.choice(kept[of_label == label], count, replace=False) for label in np.unique(of_label)]
         )
     return sorted(kept.tolist())
+
+
+def patterns(sampled: Sampled, style: Style, scheme: LabelScheme) -> np.ndarray:
+    """How often the readable completions of each example differ in category verdict, attribute verdict or label, ``[N]``."""
+    found = []
+    for texts in sampled.texts:
+        chains = [parse(text, style, scheme) for text in texts]
+        found.append(len({(chain.category, chain.attribute, chain.label) for chain in chains if chain.ok}))
+    return np.array(found, dtype=np.int64)
+
+
+def curriculum(kept: Sequence[int], correct: np.ndarray, labels: Sequence[int], seed: int = 0) -> list[int]:
+    """The positions ``kept``, those mostly right first: from a share of .75 on, from .25 on, the rest (ours, after TaoSR-SHE). Inside a
+    bucket labels take turns, in random order, so that each part of it is as balanced as it can be."""
+    rng, share = np.random.default_rng([seed, 10]), correct.mean(1)
+    order: list[int] = []
+    for low, high in ((0.75, np.inf), (0.25, 0.75), (-np.inf, 0.25)):
+        bucket = rng.permutation([n for n in kept if low <= share[n] < high]).astype(np.int64).tolist()
+        seen: dict[int, int] = {}
+        turns = {n: (seen.setdefault(labels[n], 0), seen.update({labels[n]: seen[labels[n]] + 1}))[0] for n in bucket}
+        order += sorted(bucket, key=turns.__getitem__)
+    return order
+
+
+class PosteriorSampler:
+    """Which of ``N`` prompts each step takes: their shares of right completions have a Beta posterior, one draw of each is taken, and the
+    ``count`` prompts whose draws are nearest to one half (ours, after VADE). It begins with what was ``seen`` before training, right and all
+    completions ``[N]``.
+
+    Step ``k`` knows the groups up to step ``k - 2``, because a loader reads one batch ahead; so it is a function of the seed and the
+    ``history``, which a checkpoint keeps.
+    """
+
+    def __init__(self, seen: tuple[np.ndarray, np.ndarray], count: int, seed: int = 0) -> None:
+        self.seen, self.count, self.seed = seen, count, seed
+        self.history: list[list[tuple[int, int, int]]] = []
+
+    def update(self, groups: Sequence[tuple[int, int, int]]) -> None:
+        """Note a step's groups: (prompt, right completions, all completions)."""
+        self.history.append([(int(n), int(right), int(total)) for n, right, total in groups])
+
+    def draw(self, step: int) -> list[int]:
+        """The prompts of a step, different ones."""
+        if len(self.history) < step - 1:
+            raise RuntimeError(
+                f"step {step} is drawn when {len(self.history)} steps are known: the loader reads further ahead than one batch"
+            )
+        right, total = (np.asarray(values, dtype=np.float64).copy() for values in self.seen)
+        for groups in self.history[: max(0, step - 1)]:
+            for n, hits, count in groups:
+                right[n] += hits
+                total[n] += count
+        drawn = np.random.default_rng([self.seed, 11, step]).beta(1 + right, 1 + total - right)
+        return [int(n) for n in np.argsort(np.abs(drawn - 0.5), kind="stable")[: self.count]]
 
 
 def _read(file: Path, digest: str, total: int) -> list[list[str]]:

@@ -29,10 +29,19 @@ from taoemb.config import diff, load_config, save_config
 from taoemb.files import read_json, replace_folder, write_json, write_text
 from taoemb.judge.causal import CausalJudge, load_causal
 from taoemb.judge.chains import pass_at_k
-from taoemb.judge.examples import Example, Style, catalog_examples, parse, shop_examples
+from taoemb.judge.examples import Example, Style, catalog_examples, shop_examples
 from taoemb.judge.prompts import JudgePrompt, ModelPrompt
-from taoemb.judge.sampling import Sampled, difficult, preference_pairs, sample_completions
+from taoemb.judge.sampling import (
+    PosteriorSampler,
+    Sampled,
+    curriculum,
+    difficult,
+    patterns,
+    preference_pairs,
+    sample_completions,
+)
 from taoemb.judge.schemes import get_scheme
+from taoemb.judge.srpo import StepModel
 from taoemb.judge.teacher import Teacher
 from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig, PreferenceConfig, SFTConfig, Stage
 from taoemb.judge.verdicts import fingerprint
@@ -52,6 +61,8 @@ class JudgeTrainer:
         examples: your own labelled pairs, in the place of the generated shop's. Those without reasons teach the label alone.
         teacher: a completion for an example on which the judge was always wrong, None where it has none; by default the example's
             own reasons.
+        contexts: the chunk of context of an example, for ``grpo.dyknow``.
+        step_model: judges steps of reasons, for ``grpo.srpo``; by default they are compared with the example's own reasons alone.
 
     Raises ValueError when the folder was begun with other settings or examples, FloatingPointError when a loss is no number (the run
     folder keeps what is before it), ImportError when TRL is missing or of another version.
@@ -59,14 +70,17 @@ class JudgeTrainer:
 
     def __init__(
         self, config: JudgeTrainConfig, run_dir: str | Path, *, examples: Sequence[Example] | None = None,
-        teacher: Callable[[Example], str | None] | None = None, say: Callable[[str], None] = lambda text: None,
+        teacher: Callable[[Example], str | None] | None = None, contexts: Callable[[Example], str] | None = None,
+        step_model: StepModel | None = None, say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         check_trl()
         if not config.model or not (config.data or examples):
             raise ValueError("give the start model with model= and a catalog with data=, or your own examples")
         self.config, self.run_dir, self.say = config, Path(run_dir), say
         self.scheme = get_scheme(config.scheme)
-        self._given, self._teacher = examples, teacher
+        self._given, self._teacher, self._contexts, self._step_model = examples, teacher, contexts, step_model
+        if config.grpo.dyknow.context and contexts is None:
+            raise ValueError("grpo.dyknow.context: give contexts=, which finds a chunk of context for an example")
         self._claim()
 
     def _claim(self) -> None:
@@ -253,13 +267,21 @@ class JudgeTrainer:
     def _grpo(self, stage: str, start: str | Path) -> None:
         import trl
 
+        from taoemb.judge.relevance_grpo import RelevanceGRPOTrainer
+
         model, reads = self._load(start)
         settings = self.config.grpo
         examples = self._fresh(settings.prompts, 202)
         labels = self.labels(examples)
         sampled = self._sample(stage, model, reads, examples, settings.num_generations, settings.temperature)
         self._note(stage, sampled, labels)
-        kept = difficult(sampled.correct(labels), labels, settings.difficulty, settings.balance, self.config.seed)
+        correct = sampled.correct(labels)
+        kept = difficult(
+            correct, labels, settings.difficulty, settings.balance, self.config.seed, hardest=settings.hardest
+        )
+        if settings.patterns > 1:
+            found = patterns(sampled, self._style, self.scheme)
+            kept = [n for n in kept if found[n] >= settings.patterns]
         if not kept:
             raise ValueError(f"grpo: of {len(examples)} prompts none has right and wrong completions of every label; raise grpo.prompts or "
                              "grpo.temperature, set grpo.balance=false, or leave the stage out with "
@@ -267,20 +289,28 @@ class JudgeTrainer:
         if len(kept) < settings.batch_size:  # TRL drops the last part of a batch, and would train nothing
             raise ValueError(f"grpo: {len(kept)} of {len(examples)} prompts are neither too easy nor too hard, fewer than "
                              f"grpo.batch_size={settings.batch_size}; raise grpo.prompts or lower grpo.batch_size")  # fmt: skip
-        rows = [{"prompt": reads.render(examples[i].query, examples[i].item), "answer": labels[i]} for i in kept]
+        if settings.order == "curriculum":
+            kept = curriculum(kept, correct, labels, self.config.seed)
+        posterior = None
+        if settings.order == "posterior":
+            seen = correct[kept].sum(1), np.full(len(kept), correct.shape[1])
+            posterior = PosteriorSampler(seen, settings.batch_size, self.config.seed)
         self.say(
-            f"{stage}: {len(rows)} of {len(examples)} prompts, {settings.steps} steps of {settings.batch_size} groups"
+            f"{stage}: {len(kept)} of {len(examples)} prompts, {settings.steps} steps of {settings.batch_size} groups"
         )
         base = self._arguments(stage, settings) | {
             "per_device_train_batch_size": settings.batch_size * settings.num_generations
         }
+        halved = settings.dyknow.context and settings.dyknow.transfer
         arguments = trl.GRPOConfig(
             **base, num_generations=settings.num_generations, max_completion_length=self.config.max_new_tokens,
-            temperature=settings.temperature, beta=settings.beta, top_k=0,
+            temperature=settings.temperature, beta=settings.beta / 2 if halved else settings.beta, top_k=0,
+            shuffle_dataset=settings.order == "random",
         )  # fmt: skip
-        trainer = trl.GRPOTrainer(
-            model, self._reward(), args=arguments, train_dataset=_dataset(rows), processing_class=reads.tokenizer,
-            peft_config=self._lora(),
+        trainer = RelevanceGRPOTrainer(
+            model, reads, [examples[n] for n in kept], settings, arguments, style=self._style,
+            contexts=[self._contexts(examples[n]) for n in kept] if self._contexts and settings.dyknow.context else None,
+            step_model=self._step_model, posterior=posterior, peft_config=self._lora(),
         )  # fmt: skip
         self._fit(stage, trainer, reads)
 
@@ -302,18 +332,6 @@ class JudgeTrainer:
 
     def _completion(self, example: Example) -> str:
         return example.completion(self._style, self.scheme)
-
-    def _reward(self) -> Callable[..., list[float]]:
-        style, scheme = self._style, self.scheme
-
-        def right_label(completions: list[Any], answer: list[int], **_: Any) -> list[float]:
-            texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-            chains = [parse(text, style, scheme) for text in texts]
-            return [
-                float(c.label == label and (c.ok or style == "label")) for c, label in zip(chains, answer, strict=True)
-            ]
-
-        return right_label
 
     def _sample(
         self, stage: str, model: Any, reads: ModelPrompt, examples: Sequence[Example], n: int, temperature: float

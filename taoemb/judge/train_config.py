@@ -10,12 +10,17 @@ from typing import Literal, get_args
 import numpy as np
 
 from taoemb.contrastive import check_positive
+from taoemb.judge.agrl import ReplayConfig, ShapingConfig
+from taoemb.judge.dyknow import DyKnowConfig
 from taoemb.judge.examples import Style
 from taoemb.judge.prompts import RULES
 from taoemb.judge.schemes import get_scheme
+from taoemb.judge.srpo import SRPOConfig
 from taoemb.judge.teacher import TeacherConfig
 
 Stage = Literal["sft", "dpo", "kto", "grpo"]
+Order = Literal["random", "curriculum", "posterior"]
+LabelObjective = Literal["grpo", "expected"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,46 @@ class GRPOConfig:
     learning_rate: float = 1e-6
     """Peak learning rate [ours]."""
     beta: float = 0.02
-    """Weight of the KL to the stage's start [ours]."""
+    """Weight of the KL to the stage's start [ours; DyKnow-RAG: .02]."""
+    advantage_clip: float = 0.0
+    """Advantages are clamped to plus and minus this; 0: not [DyKnow-RAG: 2]."""
+    hardest: float = 0.0
+    """Prompts with at most this share of right completions are left out too [DyKnow-RAG: from .01 on]."""
+    patterns: int = 1
+    """Prompts are kept whose completions differ in their verdicts and label at least so often [ours, after TaoSR-SHE's diversity]."""
+    order: Order = "random"
+    """Of the prompts: ``curriculum`` begins with those mostly right (from .75 on, from .25 on, the rest) [ours, after TaoSR-SHE]; ``posterior``
+    draws, for each prompt, its share of right completions from what was seen so far, and takes those nearest to one half [ours, after VADE]."""
+    label_objective: LabelObjective = "grpo"
+    """How the label is trained: by the advantages of sampled completions, or by its expected reward in closed form, where it is written
+    first [ours]."""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    """The reward of a completion (TaoSR-AGRL)."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Guided replay (TaoSR-AGRL)."""
+    srpo: SRPOConfig = field(default_factory=SRPOConfig)
+    """Stepwise advantages (TaoSR-SHE)."""
+    dyknow: DyKnowConfig = field(default_factory=DyKnowConfig)
+    """Answers with and without context (DyKnow-RAG)."""
+
+    def check_style(self, style: Style) -> None:
+        """Raise ValueError where a switch does not go with the style of the completions, or with another switch."""
+        shaped = self.shaping.category or self.shaping.attribute or self.shaping.gate != "none"
+        stepwise = self.srpo.weight > 0 or self.srpo.mask != "none"
+        if style == "label" and (shaped or stepwise or self.patterns > 1):
+            raise ValueError(
+                "style=label has no steps: grpo.shaping, grpo.srpo and grpo.patterns need style=post or style=pre"
+            )
+        if style == "pre" and self.label_objective == "expected":
+            raise ValueError("grpo.label_objective=expected needs the label first: set style=post or style=label")
+        if self.dyknow.context and self.num_generations % 2:
+            raise ValueError(
+                f"grpo.num_generations={self.num_generations}: half of a group has context, give an even number"
+            )
+        if self.dyknow.context and (self.replay.share or stepwise):
+            raise ValueError(
+                "grpo.dyknow.context goes with plain groups: set grpo.replay.share=0, grpo.srpo.weight=0 and grpo.srpo.mask=none"
+            )
 
 
 @dataclass(frozen=True)
@@ -136,6 +180,24 @@ class JudgeTrainConfig:
             raise ValueError(f"grpo.beta={self.grpo.beta}: give 0, for none, or a number greater than 0")
         if not 0 < self.grpo.difficulty <= 1:
             raise ValueError(f"grpo.difficulty={self.grpo.difficulty}: give a share above 0, at most 1")
+        if not 0 <= self.grpo.hardest < self.grpo.difficulty:
+            raise ValueError(
+                f"grpo.hardest={self.grpo.hardest}: give a share from 0, below grpo.difficulty={self.grpo.difficulty}"
+            )
+        if not 0 <= self.grpo.advantage_clip < np.inf:
+            raise ValueError(
+                f"grpo.advantage_clip={self.grpo.advantage_clip}: give 0, for none, or a number greater than 0"
+            )
+        if not 1 <= self.grpo.patterns <= self.grpo.num_generations:
+            raise ValueError(
+                f"grpo.patterns={self.grpo.patterns}: give 1, for all prompts, to grpo.num_generations={self.grpo.num_generations}"
+            )
+        for name, allowed in (("order", Order), ("label_objective", LabelObjective)):
+            if getattr(self.grpo, name) not in get_args(allowed):
+                raise ValueError(
+                    f"grpo.{name}={getattr(self.grpo, name)!r}: give one of {', '.join(get_args(allowed))}"
+                )
+        self.grpo.check_style(self.style)
         if min(self.dpo.samples, self.grpo.num_generations) < 2:
             raise ValueError(f"dpo.samples={self.dpo.samples}, grpo.num_generations={self.grpo.num_generations}: completions are compared, "
                              "give 2 or more")  # fmt: skip

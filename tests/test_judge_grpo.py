@@ -1,0 +1,570 @@
+"""The reinforcement stage of a judge: formulas of TaoSR-AGRL, TaoSR-SHE and DyKnow-RAG by hand, and the trainer on a tiny model."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from taoemb.catalog import Item, Query
+from taoemb.judge.agrl import HINT_LEVELS, ReplayConfig, ShapingConfig, hint, shaped_rewards
+from taoemb.judge.chains import ParsedChain
+from taoemb.judge.dyknow import DyKnowConfig, advantages, posterior_scaling, transfer, transfer_objective, uncertain
+from taoemb.judge.examples import Example, parse_label
+from taoemb.judge.prompts import JudgePrompt, ModelPrompt
+from taoemb.judge.sampling import PosteriorSampler, Sampled, curriculum, difficult, patterns
+from taoemb.judge.schemes import GRADES_4
+from taoemb.judge.srpo import SRPOConfig, segment, step_advantages, token_steps, verified
+from taoemb.judge.train import JudgeTrainer
+from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig
+
+RULES = [[0, 0, 0], [0, 1, 2], [1, 2, 3]]
+CHAIN = "Product: mug is wanted, this is cup\nConditions: red: yes\nCategory: related\nAttributes: match"
+NAN = float("nan")
+
+
+# -- TaoSR-AGRL -------------------------------------------------------------------------------------------------------------
+
+
+def test_truth_table_of_the_gate():
+    """Every combination of label, category and attribute right or wrong, and whether the label follows, against the formula."""
+    weights = {"format": 0.1, "label": 1.0, "category": 0.3, "attribute": 0.2}
+    for gate, left in (("hard", 0.0), ("soft", 0.5), ("none", 1.0)):
+        config = ShapingConfig(**weights, gate=gate)
+        for category, attribute, label in itertools.product(range(3), range(3), range(4)):
+            chain = ParsedChain(category, attribute, label, True)
+            earned = 1.0 * (label == 2) + 0.3 * (category == 1) + 0.2 * (attribute == 2)
+            wanted = 0.1 + (1.0 if RULES[category][attribute] == label else left) * earned
+            assert shaped_rewards([chain], [2], [(1, 2)], RULES, config) == pytest.approx([wanted])
+        unread = ParsedChain(1, 2, None, False)
+        assert shaped_rewards([unread], [2], [(1, 2)], RULES, config) == [0]
+        assert shaped_rewards([ParsedChain(1, 2, 2, True)], [2], [(None, None)], RULES, config) == pytest.approx([1.1])
+
+
+def test_the_default_reward_is_taosr1s():
+    chains = [ParsedChain(2, 0, 3, True), ParsedChain(2, 2, 2, True), ParsedChain(2, 2, 3, False)]
+    assert shaped_rewards(chains, [3, 3, 3], [(2, 2)] * 3, RULES, ShapingConfig()).tolist() == [1, 0, 0]
+
+
+def test_hints_say_more_with_every_level():
+    example = Example(Query("q", "red mug"), Item("i", "Cup"), 2, 1, 2, CHAIN)
+    assert hint(example, 1) == "Category: related\nAttributes: match"
+    assert hint(example, 2) == "Category: related\nAttributes: match\nGrade: 3"
+    assert hint(example, HINT_LEVELS) == f"3\n{CHAIN}"
+    plain = Example(Query("q", "red mug"), Item("i", "Cup"), 2)
+    assert [hint(plain, level) for level in (1, 2, 3)] == ["Grade: 3"] * 3
+    with pytest.raises(ValueError, match="level=4: give 1 to 3"):
+        hint(example, 4)
+
+
+# -- TaoSR-SHE --------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_of_a_chain():
+    text = f"3\n{CHAIN}"
+    assert [(step, text[a:b]) for step, a, b in segment(text)] == [(0, "3"), *zip((1, 2, 3, 4), CHAIN.split("\n"))]
+    text = f"{CHAIN}\nGrade: 3\nGrade: 4\nso it is"
+    assert [(step, text[a:b]) for step, a, b in segment(text, "pre")] == [
+        *zip((1, 2, 3, 4), CHAIN.split("\n")),
+        (0, "Grade: 3"),
+    ]
+    assert segment("3\nGrade: 4") == [(0, 0, 1)]  # the label is the first line
+    assert segment("") == []
+
+
+def test_tokens_belong_to_the_step_that_they_write():
+    pieces = ["3", "\n", "Cate", "gory: ", "exact\nAttr", "ibutes: ", "match", "", "\n!"]
+    steps = token_steps(range(len(pieces)), lambda ids: "".join(pieces[i] for i in ids))
+    assert steps.tolist() == [0, -1, 3, 3, 4, 4, 4, -1, -1]
+
+
+def test_the_offline_verifier_compares_lines():
+    reference = f"3\n{CHAIN}"
+    said = "4\nProduct:  Mug is wanted, this is cup\nCategory: exact\nNote: x\nAttributes: match"
+    np.testing.assert_array_equal(verified(said, reference), [0, 1, NAN, 0, 1])
+    np.testing.assert_array_equal(verified("", reference), [NAN] * 5)
+
+
+STEPS_BT = torch.tensor([[0, 1, 1, -1, 3, 4], [0, 1, 3, 3, 4, -1]])
+VALUES = torch.tensor([[1.0, 1.0, NAN, 0.0, 1.0], [0.0, 1.0, NAN, 1.0, 0.0]])
+OUTCOME = torch.tensor([0.7, -0.7])
+
+
+def test_without_weight_it_is_plain_grpo():
+    for values in (VALUES, torch.full_like(VALUES, NAN)):
+        found = step_advantages(OUTCOME, STEPS_BT, values, 2, SRPOConfig())
+        assert torch.equal(found, OUTCOME[:, None].expand(2, 6))
+    unknown = step_advantages(OUTCOME, STEPS_BT, torch.full_like(VALUES, NAN), 2, SRPOConfig(weight=1.0))
+    assert torch.equal(unknown, OUTCOME[:, None].expand(2, 6))  # steps that nobody knows leave the outcome
+
+
+def test_step_advantages_by_hand():
+    """Two completions: equal product steps (z = 0), one right and one wrong verdict each (z = +-1/sqrt 2 of a deviation with n - 1)."""
+    z = 0.5 / math.sqrt(0.5)
+    found = step_advantages(OUTCOME, STEPS_BT, VALUES, 2, SRPOConfig(weight=0.5))
+    wanted = [
+        [0.7, 0.35, 0.35, 0.7, 0.35 - z / 2, 0.35 + z / 2],
+        [-0.7, -0.35, -0.35 + z / 2, -0.35 + z / 2, -0.35 - z / 2, -0.7],
+    ]
+    torch.testing.assert_close(found, torch.tensor(wanted))
+    clamped = step_advantages(OUTCOME, STEPS_BT, VALUES, 2, SRPOConfig(weight=1.0), clip=0.1)
+    torch.testing.assert_close(clamped[0], torch.tensor([0.7, 0.0, 0.0, 0.7, -0.1, 0.1]))
+
+
+def test_masks():
+    critical = step_advantages(OUTCOME, STEPS_BT, VALUES, 2, SRPOConfig(mask="critical"))
+    torch.testing.assert_close(critical, torch.tensor([[0.7, 0, 0, 0.7, 0.7, 0.7], [-0.7, 0, -0.7, -0.7, -0.7, -0.7]]))
+    first = step_advantages(OUTCOME, STEPS_BT, VALUES, 2, SRPOConfig(mask="first_error"))
+    # The first errs in step 3, so 4 is left out; the second in 4, its last.
+    torch.testing.assert_close(first, torch.tensor([[0.7, 0.7, 0.7, 0.7, 0.7, 0.0], [-0.7] * 6]))
+    with pytest.raises(ValueError, match="2 completions in groups of 3"):
+        step_advantages(OUTCOME, STEPS_BT, VALUES, 3, SRPOConfig())
+
+
+# -- DyKnow-RAG -------------------------------------------------------------------------------------------------------------
+
+
+def test_alpha_and_beta_as_published():
+    gaps = torch.tensor([-1, -0.5, -0.25, 0, 0.25, 0.5, 1])
+    alpha, beta = posterior_scaling(gaps)
+    torch.testing.assert_close(beta, torch.tensor([0.072, 0.477, 1.076, 2.0, 2.924, 3.523, 3.928]), atol=5e-4, rtol=0)
+    torch.testing.assert_close(alpha * beta, torch.full((7,), 0.1))
+
+
+def test_union_normalised_advantage_is_that_of_one_group():
+    draws = torch.Generator().manual_seed(0)
+    without, with_context = (torch.rand(3, 4, generator=draws) for _ in range(2))
+    flags = torch.rand(3, 8, generator=draws) < 0.5
+    found = transfer(without, with_context, flags[:, :4], flags[:, 4:])
+    for g in range(3):
+        both = np.concatenate([without[g].numpy(), with_context[g].numpy()])
+        union = (without[g].numpy() - both.mean()) / (both.std(ddof=1) + 1e-4)
+        beta = 4 / (1 + math.exp(-4 * float(flags[g, 4:].float().mean() - flags[g, :4].float().mean())))
+        np.testing.assert_allclose(found[g], np.where(union > 0, 0.1 / beta * union, beta * union), rtol=1e-5)
+    np.testing.assert_allclose(
+        transfer(without, with_context, flags[:, :4], flags[:, 4:], 0.5),
+        0.5 * advantages(torch.cat([without, with_context], 1))[:, :4],
+    )
+
+
+def test_advantages_leave_rewards_out_that_are_no_number():
+    found = advantages(torch.tensor([[1.0, 0.0, NAN], [1.0, 1.0, 1.0], [NAN, NAN, NAN]]), eps=0.0)
+    s = math.sqrt(0.5)
+    torch.testing.assert_close(found[0], torch.tensor([0.5 / s, -0.5 / s, 0.0]))
+    assert not found[1:].any()
+
+
+def test_the_third_term_is_a_mean_probability():
+    chances = torch.tensor([[0.5, 0.25, 0.9], [0.2, 0.4, 0.6]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    found = transfer_objective(chances.log(), mask, torch.tensor([2.0, -1.0]))
+    torch.testing.assert_close(found, torch.tensor([0.75, -0.4]))
+
+
+def test_the_pool_is_what_is_unsure():
+    assert uncertain([[0.9, 0.1], [NAN, NAN], [0.5, 0.5], [0.3, 0.7], [0.65, 0.35]]) == [2, 4]
+    assert uncertain([[0.5, 0.5], [0.6, 0.4]], count=1) == [0]
+
+
+# -- which prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_difficulty_band():
+    correct = np.arange(11)[:, None] > np.arange(10)
+    assert difficult(correct, [0] * 11, 0.9, balance=False, hardest=0.1) == list(range(2, 9))
+    assert difficult(correct, [0] * 11, balance=False) == list(range(1, 10))
+
+
+def test_patterns_count_what_completions_differ_in():
+    texts = [
+        ["3\nCategory: exact\nAttributes: match", "3\nCategory: exact\nAttributes: match", "1"],
+        ["3\nCategory: exact\nAttributes: match", "3\nCategory: related\nAttributes: match", "x"],
+    ]
+    assert patterns(Sampled(texts, np.zeros((2, 3)), np.ones((2, 3))), "post", GRADES_4).tolist() == [1, 2]
+
+
+def test_the_curriculum_begins_with_what_is_mostly_right():
+    correct = np.array(
+        [[1, 0, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
+        dtype=bool,
+    )
+    order = curriculum(range(6), correct, [0, 0, 0, 0, 1, 1])
+    assert set(order[:3]) == {1, 3, 5}
+    assert 5 in order[:2]  # labels take turns
+    assert set(order[3:5]) == {2, 4}
+    assert order[5] == 0
+
+
+def test_the_posterior_prefers_prompts_half_right_and_is_a_function_of_its_history():
+    seen = np.array([0, 4, 8]), np.array([8, 8, 8])
+    sampler = PosteriorSampler(seen, 1)
+    drawn = []
+    for step in range(40):
+        drawn += sampler.draw(step)
+        if step:  # a loader reads one batch ahead
+            sampler.update([(drawn[step - 1], 4, 4)])
+    assert drawn[:4] == [1] * 4
+    assert drawn[-20:].count(1) < 10  # what is always right meanwhile gives way
+    again = PosteriorSampler(seen, 1)
+    again.history = sampler.history
+    assert [again.draw(step) for step in range(40)] == [[n] for n in drawn]
+    with pytest.raises(RuntimeError, match="step 9 is drawn when 0 steps are known"):
+        PosteriorSampler(seen, 1).draw(9)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shaping": ShapingConfig(category=0.3)}, "style=label has no steps"),
+        ({"srpo": SRPOConfig(mask="critical")}, "style=label has no steps"),
+        ({"dyknow": DyKnowConfig(True), "num_generations": 3}, "give an even number"),
+        ({"dyknow": DyKnowConfig(True), "replay": ReplayConfig(0.25)}, "goes with plain groups"),
+        ({"hardest": 0.9, "difficulty": 0.5}, r"grpo.hardest=0.9: give a share from 0, below grpo.difficulty=0.5"),
+        ({"order": "best"}, "grpo.order='best': give one of random, curriculum, posterior"),
+        ({"label_objective": "sum"}, "give one of grpo, expected"),
+        ({"advantage_clip": -1.0}, "grpo.advantage_clip=-1.0"),
+        ({"patterns": 9}, "grpo.patterns=9"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        JudgeTrainConfig(style="label", grpo=GRPOConfig(**changed))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: ShapingConfig(gate="firm"), "gate='firm': give one of hard, soft, none"),
+        (lambda: ShapingConfig(category=-1), "category=-1: give 0"),
+        (lambda: ShapingConfig(label=0), "label=0"),
+        (lambda: ReplayConfig(share=1.0), "share=1.0: give 0"),
+        (lambda: ReplayConfig(accuracy=2.0), "accuracy=2.0: give 0 to 1"),
+        (lambda: SRPOConfig(weight=2), "weight=2: give 0"),
+        (lambda: SRPOConfig(mask="all"), "mask='all': give one of none, critical, first_error"),
+        (lambda: DyKnowConfig(scale=-1.0), "scale=-1.0"),
+    ],
+)
+def test_constants_that_make_no_sense_are_refused(made, message):
+    with pytest.raises(ValueError, match=message):
+        made()
+    with pytest.raises(ValueError, match="grpo.label_objective=expected needs the label first"):
+        JudgeTrainConfig(style="pre", grpo=GRPOConfig(label_objective="expected"))
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------------
+
+trl = pytest.importorskip("trl")
+from taoemb.judge.relevance_grpo import RelevanceGRPOTrainer  # noqa: E402
+
+COLOURS = ("red", "blue", "green", "black")
+EXAMPLES = [
+    Example(Query(f"{n}", f"{colour} mug"), Item(f"{n}", f"mug {n}"), grade, 2, (0, 0, 1, 2)[grade],
+            f"Category: exact\nAttributes: {('violated', 'violated', 'partial', 'match')[grade]}")
+    for n in range(2) for grade, colour in enumerate(COLOURS)
+]  # fmt: skip
+
+
+@pytest.fixture
+def made(tiny_chat_llm, tmp_path):
+    """``made(config, ...)``: a trainer on a fresh tiny model; ``steps`` texts are what it writes, row by row, in the place of samples."""
+
+    def make(config, *, style="post", examples=EXAMPLES, written=None, batch=2, steps=1, **more):
+        from taoemb.judge.causal import load_causal
+
+        model, tokenizer = load_causal(tiny_chat_llm, dtype="float32")
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        arguments = trl.GRPOConfig(
+            output_dir=str(tmp_path / "out"), max_steps=steps, per_device_train_batch_size=batch * config.num_generations,
+            num_generations=config.num_generations, max_completion_length=40, temperature=1.0, beta=config.beta, top_k=0, report_to="none",
+            use_cpu=True, disable_tqdm=True, shuffle_dataset=False, learning_rate=1e-3, save_strategy="no", seed=0, bf16=False,
+            dataloader_pin_memory=False, logging_steps=1,
+        )  # fmt: skip
+        trainer = RelevanceGRPOTrainer(
+            model, ModelPrompt(JudgePrompt(rules="Judge."), tokenizer), examples, config, arguments, style=style, **more
+        )
+        if written is not None:
+            trainer._generate_single_turn = Written(trainer, written)
+        return trainer
+
+    return make
+
+
+class Written:
+    """Stands where TRL samples: the texts given, for each call; keeps the prompts that it was called with."""
+
+    def __init__(self, trainer, calls):
+        self.tokenizer, self.calls, self.prompts = trainer.processing_class, list(calls), []
+
+    def __call__(self, prompt_ids, *_):
+        self.prompts.append([self.tokenizer.decode(ids) for ids in prompt_ids])
+        texts = self.calls.pop(0)
+        assert len(texts) == len(prompt_ids)
+        return [
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+            for text in texts
+        ], None
+
+
+def rollout(trainer, numbers):
+    trainer.model.train()
+    rows = [trainer.train_dataset[n] for n in numbers for _ in range(trainer.num_generations)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def plain(**changed):
+    return GRPOConfig(**{"num_generations": 4, "beta": 0.0, **changed})
+
+
+def chain(n):
+    return EXAMPLES[n].completion("post")
+
+
+RIGHT, WRONG = chain(3), f"1\n{EXAMPLES[3].reasons}"
+
+
+def test_replay_touches_groups_of_low_accuracy_alone_and_keeps_their_prompts(made):
+    """Group 3 is all wrong: of its two worst rows, the unreadable one and the one furthest off, one gets the one right hinted completion
+    of the second level; group 1 has enough right ones."""
+    own = [[RIGHT, RIGHT, WRONG, WRONG, "2", "3", "no", "1"]]
+    hinted = [["2", "3"], [EXAMPLES[7].completion("post"), "2"]]
+    numbers = [3, 7]
+    trainer = made(plain(replay=ReplayConfig(share=0.5, weight=0.5)), written=own + hinted)
+    output = rollout(trainer, numbers)
+    seen = trainer._generate_single_turn.prompts
+    assert [len(call) for call in seen] == [8, 2, 2]
+    assert all("Category: exact" in text and "Grade" not in text for text in seen[1])
+    assert all("Grade: 4" in text for text in seen[2])
+    assert trainer._replayed.tolist() == [False] * 6 + [True, False]
+    tokenizer = trainer.processing_class
+    texts = tokenizer.batch_decode(output["completion_ids"], skip_special_tokens=True)
+    assert texts[6] == chain(7)
+    assert texts[:6] + texts[7:] == own[0][:6] + own[0][7:]
+    prompts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(output["prompt_ids"], output["prompt_mask"])]
+    assert prompts == seen[0]
+    assert "Context" not in "".join(prompts)
+    s = math.sqrt(3 / 12)  # rewards 0 0 1 0
+    wanted = torch.tensor([-0.25, -0.25, 0.75 * 0.5, -0.25]) / (s + 1e-4)
+    torch.testing.assert_close(output["advantages"][4:], wanted)
+    logged = trainer._metrics["train"]
+    assert (logged["replay/groups"], logged["replay/rescued"]) == ([1.0], [1.0])
+
+
+def test_replay_without_a_right_hinted_completion_changes_nothing(made):
+    trainer = made(plain(replay=ReplayConfig(share=0.25)), written=[["1"] * 8, *[["1", "1"]] * 3])
+    output = rollout(trainer, [3, 7])
+    assert not trainer._replayed.any()
+    assert not output["advantages"].any()
+    assert trainer._metrics["train"]["replay/rescued"] == [0.0]
+
+
+def test_srpo_gives_tokens_their_steps_advantage(made):
+    half = RIGHT.replace("match", "partial")
+    trainer = made(plain(srpo=SRPOConfig(weight=0.5)), batch=1, written=[[RIGHT, half, WRONG, "1"]])
+    output = rollout(trainer, [3])
+    advantages_BT = output["advantages"]
+    outcome = torch.tensor([0.5, 0.5, -0.5, -0.5]) / (math.sqrt(1 / 3) + 1e-4)
+    values = torch.tensor([[1, NAN, NAN, 1, 1], [1, NAN, NAN, 1, 0], [0, NAN, NAN, 1, 1], [0] + [NAN] * 4])
+    tokenizer = trainer.processing_class
+    steps = torch.full(advantages_BT.shape, -1)
+    for row, (ids, mask) in enumerate(
+        zip(output["completion_ids"].tolist(), output["completion_mask"].sum(1).tolist())
+    ):
+        for t in range(mask):
+            before, after = (tokenizer.decode(ids[: t + k], skip_special_tokens=True) for k in (0, 1))
+            lines = after.split("\n")
+            if len(after) > len(before) and lines[-1]:
+                steps[row, t] = 0 if len(lines) == 1 else {"C": 3, "A": 4}[lines[-1][0]]
+    torch.testing.assert_close(advantages_BT, step_advantages(outcome, steps, values, 4, SRPOConfig(weight=0.5)))
+    # Attributes: 1, 0, 1 and unknown: the one that is wrong there is told so, although its label is right.
+    assert advantages_BT[1][steps[1] == 4].max() < 0 < advantages_BT[0][steps[0] == 4].min()
+
+
+def test_a_step_model_judges_what_nothing_verifies(made):
+    asked = []
+
+    def step_model(pairs, before, lines):
+        asked.extend(zip([q.text for q, _ in pairs], before, lines))
+        return [1.0, None, NAN, 7.0]
+
+    with_product = f"4\nProduct: mug\n{EXAMPLES[3].reasons}"
+    trainer = made(plain(srpo=SRPOConfig(weight=0.5)), batch=1, written=[[with_product] * 4], step_model=step_model)
+    output = rollout(trainer, [3])
+    assert asked == [("black mug", "4\n", "Product: mug")] * 4
+    assert output["advantages"].isfinite().all()
+    assert trainer._step_values()[:, 1].tolist() == pytest.approx([1, NAN, NAN, NAN], nan_ok=True)
+
+
+def test_srpo_without_weight_trains_as_plain_grpo(made):
+    """One step of the optimiser: the same weights, bit for bit."""
+    ends = []
+    for config in (plain(), plain(srpo=SRPOConfig(weight=0.0, mask="first_error"))):
+        trainer = made(config, batch=1, written=[[RIGHT, RIGHT, "1", "no"]], examples=EXAMPLES[3:4])
+        trainer.train()
+        ends.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def gradient(trainer, output):
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, output).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def logps_of(trainer, prompt_ids, prompt_mask, completion_ids, mask):
+    """Log-probabilities of completions by a plain forward pass."""
+    ids, seen = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
+    places = (seen.cumsum(1) - 1).clamp(min=0)
+    logits = trainer.model(input_ids=ids, attention_mask=seen, position_ids=places).logits[
+        :, prompt_ids.shape[1] - 1 : -1
+    ]
+    return torch.log_softmax(logits, -1).gather(2, completion_ids[..., None])[..., 0]
+
+
+def by_hand(trainer, loss):
+    trainer.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def test_gradient_of_stepwise_and_clamped_advantages(made):
+    config = plain(srpo=SRPOConfig(weight=0.5), advantage_clip=0.6)
+    trainer = made(config, batch=1, written=[[RIGHT, RIGHT.replace("match", "partial"), WRONG, "no"]])
+    output = rollout(trainer, [3])
+    found = gradient(trainer, output)
+    mask = output["completion_mask"]
+    logps = logps_of(trainer, output["prompt_ids"], output["prompt_mask"], output["completion_ids"], mask)
+    each = -(logps - logps.detach()).exp() * output["advantages"]
+    dapo = (each * mask).sum() / mask.sum()
+    torch.testing.assert_close(found, by_hand(trainer, dapo), atol=1e-6, rtol=1e-3)
+    assert output["advantages"].abs().max() <= 0.6 + 1e-6
+
+
+def test_dyknow_answers_half_of_each_group_with_context(made):
+    """The groups are normalised apart, and the answers without the context carry what they teach the prompt with it."""
+    texts = [RIGHT, "1", "1", "1", RIGHT, RIGHT, RIGHT, "1"]
+    trainer = made(
+        plain(num_generations=8, dyknow=DyKnowConfig(True)),
+        batch=1,
+        written=[texts],
+        contexts=["it is so"] * len(EXAMPLES),
+    )
+    output = rollout(trainer, [3])
+    prompts = trainer._generate_single_turn.prompts[0]
+    assert ["it is so" in prompt for prompt in prompts] == [False] * 4 + [True] * 4
+    s = 0.5 + 1e-4
+    torch.testing.assert_close(
+        output["advantages"], torch.tensor([0.75, -0.25, -0.25, -0.25, 0.25, 0.25, 0.25, -0.75]) / s
+    )
+    beta = 4 / (1 + math.exp(-4 * 0.5))
+    union = torch.tensor([0.5, -0.5, -0.5, -0.5]) / (math.sqrt(2 / 7) + 1e-4)
+    wanted = torch.where(union > 0, 0.1 / beta * union, beta * union)
+    torch.testing.assert_close(output["transfer"], torch.cat([wanted, torch.zeros(4)]))
+    found = gradient(trainer, output)
+    mask, ids = output["completion_mask"], output["completion_ids"]
+    logps = logps_of(trainer, output["prompt_ids"], output["prompt_mask"], ids, mask)
+    each = -(logps - logps.detach()).exp() * output["advantages"][:, None]
+    policy = 2 * (each * mask).sum() / mask.sum()
+    other = logps_of(trainer, output["context_prompt_ids"][:4], output["context_prompt_mask"][:4], ids[:4], mask[:4])
+    moved = transfer_objective(other, mask[:4], wanted).mean()
+    torch.testing.assert_close(found, by_hand(trainer, policy - moved), atol=1e-6, rtol=1e-3)
+    assert trainer._metrics["train"]["dyknow/transfer"] == [pytest.approx(moved.item(), rel=1e-4)]
+
+
+def test_dyknow_without_the_third_term_is_two_groups(made):
+    trainer = made(plain(num_generations=4, dyknow=DyKnowConfig(True, transfer=False)), batch=1, written=[[RIGHT, "1", "1", "1"]], contexts=["x"] * len(EXAMPLES))  # fmt: skip
+    output = rollout(trainer, [3])
+    assert "transfer" not in output
+    s = math.sqrt(0.5) + 1e-4
+    torch.testing.assert_close(output["advantages"], torch.tensor([0.5, -0.5, 0, 0]) / s)
+    with pytest.raises(ValueError, match="8 examples and 0 chunks of context"):
+        made(plain(dyknow=DyKnowConfig(True)))
+
+
+def test_the_expected_reward_of_the_label_in_closed_form(made):
+    trainer = made(plain(label_objective="expected"), batch=1, written=[[RIGHT, RIGHT, "1", "no"]])
+    output = rollout(trainer, [3])
+    assert not output["advantages"][:, 0].any()
+    assert output["advantages"][:, 1].all()
+    found = gradient(trainer, output)
+    mask = output["completion_mask"]
+    logps = logps_of(trainer, output["prompt_ids"], output["prompt_mask"], output["completion_ids"], mask)
+    each = -(logps - logps.detach()).exp() * output["advantages"]
+    answer = trainer.processing_class("4", add_special_tokens=False)["input_ids"]
+    places = (output["prompt_mask"].cumsum(1) - 1).clamp(min=0)
+    logits = trainer.model(
+        input_ids=output["prompt_ids"], attention_mask=output["prompt_mask"], position_ids=places
+    ).logits[:, -1]
+    chance = torch.softmax(logits, -1)[:, answer[0]]
+    torch.testing.assert_close(
+        found, by_hand(trainer, (each * mask).sum() / mask.sum() - chance.mean()), atol=1e-6, rtol=1e-3
+    )
+
+
+def test_the_closed_form_learns_the_labels(made):
+    trainer = made(plain(label_objective="expected", num_generations=2), style="label", batch=8, steps=15)
+    before = right_label(trainer)
+    trainer.args.learning_rate = 1e-2
+    trainer.train()
+    assert right_label(trainer) > before + 0.2
+
+
+@torch.no_grad()
+def right_label(trainer):
+    """Mean probability of the right label."""
+    found = []
+    for example, label in zip(trainer.examples, trainer.labels):
+        ids = torch.tensor([trainer.reads.encode(example.query, example.item)])
+        found.append(torch.softmax(trainer.model(ids).logits[0, -1], -1)[trainer.answers[label]].item())
+    return np.mean(found)
+
+
+def test_rows_of_a_group_must_be_in_one_process(made):
+    trainer = made(plain())
+    rows = [trainer.train_dataset[n] for n in (0, 0, 0, 1)]
+    with pytest.raises(ValueError, match="4 rows in groups of 4: a process must have whole groups"):
+        trainer._generate_and_score_completions(rows)
+
+
+@pytest.mark.parametrize("order", ["curriculum", "posterior"])
+def test_a_stage_with_every_switch_ends_the_same_after_a_kill(tiny_chat_llm, tmp_path, order, monkeypatch):
+    """Two runs, of which one is stopped behind its second step: the same weights."""
+    grpo = GRPOConfig(
+        prompts=8, num_generations=4, steps=4, batch_size=2, learning_rate=1e-3, temperature=1.5, balance=False, order=order,
+        advantage_clip=2.0, shaping=ShapingConfig(format=0.5, category=0.2, attribute=0.2, gate="soft"),
+        replay=ReplayConfig(share=0.5), srpo=SRPOConfig(weight=0.5, mask="critical"),
+    )  # fmt: skip
+    config = JudgeTrainConfig(
+        model=str(tiny_chat_llm), stages=("sft", "grpo"), style="post", rules="Judge.", max_chars=60, max_new_tokens=40, save_steps=1,
+        sft=dataclasses.replace(JudgeTrainConfig().sft, steps=80, batch_size=8, learning_rate=1e-2), grpo=grpo,
+    )  # fmt: skip
+    JudgeTrainer(config, tmp_path / "one", examples=EXAMPLES).run()
+    log = RelevanceGRPOTrainer._save_checkpoint
+
+    def stopping(self, model, trial):
+        log(self, model, trial)
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RelevanceGRPOTrainer, "_save_checkpoint", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            JudgeTrainer(config, tmp_path / "two", examples=EXAMPLES).run()
+    JudgeTrainer(config, tmp_path / "two", examples=EXAMPLES).run()
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / name / "grpo" / "model" / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_trl_has_what_is_overridden():
+    """Private methods that the trainer stands on; another TRL has to be looked at."""
+    for name in ("_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
+                 "_tokenize_prompts", "_get_train_sampler", "_save_checkpoint", "_load_optimizer_and_scheduler",
+                 "_get_per_token_logps_and_entropies"):  # fmt: skip
+        assert callable(getattr(trl.GRPOTrainer, name))
+    assert parse_label(RIGHT) == 3
