@@ -162,13 +162,17 @@ def judge_train(
     data: Annotated[Optional[Path], typer.Option(help="A generated shop or graded catalog; short for data=.")] = None,  # noqa: UP045
     model: Annotated[Optional[str], typer.Option(help="Start model; short for model=NAME.")] = None,  # noqa: UP045
     stages: Annotated[Optional[str], typer.Option(help="Stages, such as sft,dpo,grpo; short for stages=[...].")] = None,  # noqa: UP045
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Settings to begin with: taosr1, agrl, she, step_model, dyknow, or a YAML file of your own."),
+    ] = None,
     help_config: Annotated[bool, typer.Option("--help-config", help="List every setting and exit.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train a relevance LLM as TaoSR1 does: supervised reasons, preferences, GRPO."""
+    """Train a relevance LLM as TaoSR1 does: supervised reasons, preferences, GRPO; or as its successors do, by --recipe."""
     from taoemb.config import describe, load_config
     from taoemb.judge.train import JudgeTrainer
-    from taoemb.judge.train_config import JudgeTrainConfig
+    from taoemb.judge.train_config import JudgeTrainConfig, recipe_file
 
     if help_config:
         for setting in describe(JudgeTrainConfig):
@@ -176,7 +180,7 @@ def judge_train(
         return
     given = {"data": data, "model": model, "stages": stages and f"[{stages}]"}
     words = [f"{name}={value}" for name, value in given.items() if value]
-    config = load_config(JudgeTrainConfig, None, [*words, *(overrides or [])])
+    config = load_config(JudgeTrainConfig, recipe and recipe_file(recipe), [*words, *(overrides or [])])
     if out is None:
         raise ValueError("give a run folder with --out")
     trained = JudgeTrainer(config, out, say=lambda text: typer.echo(text, err=True)).run()

@@ -2,23 +2,31 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from taoemb.catalog import Item, Query
+from taoemb.config import load_config
 from taoemb.judge.agrl import HINT_LEVELS, ReplayConfig, ShapingConfig, hint, shaped_rewards
+from taoemb.judge.causal import CausalJudge
 from taoemb.judge.chains import ParsedChain
+from taoemb.judge.contexts import Chunk, ContextJudge, Contexts, shop_chunks
 from taoemb.judge.dyknow import DyKnowConfig, advantages, posterior_scaling, transfer, transfer_objective, uncertain
-from taoemb.judge.examples import Example, parse_label
+from taoemb.judge.examples import Example, parse_label, shop_examples
 from taoemb.judge.prompts import JudgePrompt, ModelPrompt
 from taoemb.judge.sampling import PosteriorSampler, Sampled, curriculum, difficult, patterns
-from taoemb.judge.schemes import GRADES_4
+from taoemb.judge.schemes import GRADES_4, STEP
 from taoemb.judge.srpo import SRPOConfig, segment, step_advantages, token_steps, verified
+from taoemb.judge.step_model import StepJudge, step_examples
 from taoemb.judge.train import JudgeTrainer
-from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig
+from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig, recipe_file
+from taoemb.shop import generate_shop
+from taoemb.shop_rules import Truth
 
 RULES = [[0, 0, 0], [0, 1, 2], [1, 2, 3]]
 CHAIN = "Product: mug is wanted, this is cup\nConditions: red: yes\nCategory: related\nAttributes: match"
@@ -222,6 +230,8 @@ def test_the_posterior_prefers_prompts_half_right_and_is_a_function_of_its_histo
         ({"dyknow": DyKnowConfig(True), "num_generations": 3}, "give an even number"),
         ({"dyknow": DyKnowConfig(True), "replay": ReplayConfig(0.25)}, "goes with plain groups"),
         ({"hardest": 0.9, "difficulty": 0.5}, r"grpo.hardest=0.9: give a share from 0, below grpo.difficulty=0.5"),
+        ({"dyknow": DyKnowConfig(True)}, "say where chunks of context come from with contexts="),
+        ({"pool": 0.0}, "grpo.pool=0.0: give a probability"),
         ({"order": "best"}, "grpo.order='best': give one of random, curriculum, posterior"),
         ({"label_objective": "sum"}, "give one of grpo, expected"),
         ({"advantage_clip": -1.0}, "grpo.advantage_clip=-1.0"),
@@ -253,6 +263,90 @@ def test_constants_that_make_no_sense_are_refused(made, message):
         JudgeTrainConfig(style="pre", grpo=GRPOConfig(label_objective="expected"))
 
 
+# -- context ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shop():
+    return generate_shop(300, seed=1, train_queries=60, validation_queries=0, test_queries=20)
+
+
+def test_the_shop_writes_chunks_of_every_kind(shop):
+    chunks = shop_chunks(shop, reviews=200)
+    assert chunks == shop_chunks(shop, reviews=200)
+    kinds = {kind: [c for c in chunks if c.kind == kind] for kind in ("encyclopedia", "review", "noise")}
+    assert all(kinds.values())
+    truth = Truth.from_table(shop.truth)
+    title = {item.title: row for row, item in enumerate(shop.catalog.items)}
+    checked = 0
+    for chunk in kinds["review"]:
+        name, _, said = (
+            chunk.text.removeprefix("Review of ").removesuffix(", as I know from daily use.").rpartition(": ")
+        )
+        if list(title).count(name) == 1:
+            mine = truth.attributes(title[name])
+            true = {f"{truth.ontology.attributes[a].labels[0]} {form}" for a, v in mine.items()
+                    for value in truth.ontology.attributes[a].values if value.id == v for form in value.forms}  # fmt: skip
+            assert (said in true) != chunk.misleading
+            checked += 1
+    assert checked > 50
+    assert 0.15 < np.mean([c.misleading for c in kinds["review"]]) < 0.45
+
+
+def test_a_pair_gets_the_nearest_chunk(tmp_path):
+    contexts = Contexts([Chunk("a", "a duvet keeps warm"), Chunk("b", "kettles boil water")])
+    assert contexts(Query("q", "kettle"), Item("i", "steel 1 L")) == "kettles boil water"
+    assert contexts(Query("q", "lamp"), Item("i", "of brass")) == ""
+    (tmp_path / "chunks.csv").write_text("id,text\na,a duvet keeps warm\nb,kettles boil water\n")
+    again = Contexts.load(tmp_path / "chunks.csv")
+    assert again.fingerprint == contexts.fingerprint
+    assert again(Query("q", "warm"), Item("i", "duvet")) == "a duvet keeps warm"
+    with pytest.raises(ValueError, match="give at least one"):
+        Contexts([])
+    with pytest.raises(ValueError, match="a"):
+        Contexts([Chunk("a", "x"), Chunk("a", "y")])
+
+
+def test_a_judge_reads_the_chunk_that_is_found(tiny_chat_llm):
+    judge, contexts = CausalJudge(tiny_chat_llm), Contexts([Chunk("a", "mugs hold coffee")])
+    pairs = [(Query("q", "mug"), Item("i", "Mug")), (Query("q", "lamp"), Item("j", "Lamp"))]
+    with pytest.warns(UserWarning, match="label"):
+        found, wanted = ContextJudge(judge, contexts).score(pairs), judge.score(pairs, ["mugs hold coffee", ""])
+    np.testing.assert_array_equal(found.probs, wanted.probs)
+    assert not np.allclose(found.probs[0], judge.score(pairs).probs[0])
+    assert ContextJudge(judge, contexts).fingerprint != ContextJudge(judge, Contexts([Chunk("a", "x")])).fingerprint
+
+
+# -- the step model ---------------------------------------------------------------------------------------------------------
+
+
+def test_steps_to_learn_from_are_right_or_of_another_example():
+    pool = shop_examples(
+        generate_shop(300, seed=1, train_queries=60, validation_queries=0, test_queries=20), 80, balance=False
+    )
+    found = step_examples(pool)
+    chains = {(e.query.id, e.item.id): e.reasons.splitlines() for e in pool}
+    for example in found:
+        chain, said = chains[example.query.id, example.item.id], example.context.splitlines()
+        assert said[:-1] == chain[: len(said) - 1]
+        assert (said[-1] == chain[len(said) - 1]) == (example.grade == 3)
+        assert said[-1].partition(":")[0] == chain[len(said) - 1].partition(":")[0]
+    assert 0.25 < np.mean([e.grade == 0 for e in found]) < 0.55
+    with pytest.raises(ValueError, match="no example has reasons"):
+        step_examples([Example(Query("q", "mug"), Item("i", "Mug"), 3)])
+
+
+def test_a_step_judge_reads_the_chain_up_to_the_step(tiny_chat_llm):
+    judge = CausalJudge(tiny_chat_llm, prompt=JudgePrompt(STEP, "Is it?"))
+    pair = (Query("q", "mug"), Item("i", "Mug"))
+    with pytest.warns(UserWarning, match="label"):
+        said = StepJudge(judge)([pair], ["4\n"], ["Product: mug"])
+    wanted = judge.score([pair], ["4\nProduct: mug"]).probs[:, 1]
+    assert said == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="has 4 labels"):
+        StepJudge(CausalJudge(tiny_chat_llm))
+
+
 # -- the trainer ------------------------------------------------------------------------------------------------------------
 
 trl = pytest.importorskip("trl")
@@ -264,6 +358,8 @@ EXAMPLES = [
             f"Category: exact\nAttributes: {('violated', 'violated', 'partial', 'match')[grade]}")
     for n in range(2) for grade, colour in enumerate(COLOURS)
 ]  # fmt: skip
+
+TOLD = [dataclasses.replace(example, context="it is so") for example in EXAMPLES]
 
 
 @pytest.fixture
@@ -451,7 +547,7 @@ def test_dyknow_answers_half_of_each_group_with_context(made):
         plain(num_generations=8, dyknow=DyKnowConfig(True)),
         batch=1,
         written=[texts],
-        contexts=["it is so"] * len(EXAMPLES),
+        examples=TOLD,
     )
     output = rollout(trainer, [3])
     prompts = trainer._generate_single_turn.prompts[0]
@@ -476,12 +572,12 @@ def test_dyknow_answers_half_of_each_group_with_context(made):
 
 
 def test_dyknow_without_the_third_term_is_two_groups(made):
-    trainer = made(plain(num_generations=4, dyknow=DyKnowConfig(True, transfer=False)), batch=1, written=[[RIGHT, "1", "1", "1"]], contexts=["x"] * len(EXAMPLES))  # fmt: skip
+    trainer = made(plain(num_generations=4, dyknow=DyKnowConfig(True, transfer=False)), batch=1, written=[[RIGHT, "1", "1", "1"]], examples=TOLD)  # fmt: skip
     output = rollout(trainer, [3])
     assert "transfer" not in output
     s = math.sqrt(0.5) + 1e-4
     torch.testing.assert_close(output["advantages"], torch.tensor([0.5, -0.5, 0, 0]) / s)
-    with pytest.raises(ValueError, match="8 examples and 0 chunks of context"):
+    with pytest.raises(ValueError, match="no example has a chunk of context"):
         made(plain(dyknow=DyKnowConfig(True)))
 
 
@@ -530,23 +626,82 @@ def test_rows_of_a_group_must_be_in_one_process(made):
         trainer._generate_and_score_completions(rows)
 
 
+TINY = ["rules=Judge.", "max_chars=60", "max_new_tokens=40", "save_steps=1", "dpo.prompts=8", "dpo.steps=2", "dpo.batch_size=2", "dpo.temperature=1.5",
+        "grpo.prompts=8", "grpo.steps=3", "grpo.batch_size=2", "grpo.learning_rate=1e-3", "grpo.temperature=1.5", "grpo.balance=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_chat_llm, tmp_path_factory):
+    """A tiny model that writes the chains of EXAMPLES, not always the right one."""
+    words = [
+        f"model={tiny_chat_llm}",
+        "stages=[sft]",
+        "sft.steps=80",
+        "sft.batch_size=8",
+        "sft.learning_rate=1e-2",
+        *TINY,
+    ]
+    return JudgeTrainer(
+        load_config(JudgeTrainConfig, None, words), tmp_path_factory.mktemp("taught") / "run", examples=EXAMPLES
+    ).run()
+
+
+def end_of(folder):
+    return load_file(folder / "grpo" / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("recipe", ["taosr1", "agrl", "she", "dyknow"])
+def test_recipes_run(taught, tmp_path, recipe):
+    (tmp_path / "chunks.csv").write_text("id,text\na,a black mug is excellent\nb,a red mug is not\n")
+    words = [f"model={taught}", "stages=[dpo,grpo]", *TINY, "grpo.num_generations=4", "grpo.patterns=1"]
+    if recipe == "dyknow":
+        words += [f"contexts={tmp_path / 'chunks.csv'}", "grpo.pool=1", "grpo.top_k=0"]
+    config = load_config(JudgeTrainConfig, recipe_file(recipe), words)
+    JudgeTrainer(config, tmp_path / "run", examples=EXAMPLES).run()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "grpo" / "log.jsonl").read_text().splitlines()]
+    logged = set().union(*rows)
+    assert ("replay/groups" in logged) == (recipe == "agrl")
+    assert ("dyknow/transfer" in logged) == (recipe == "dyknow")
+    before = load_file(tmp_path / "run" / "dpo" / "model" / "model.safetensors")
+    assert any(not torch.equal(before[name], value) for name, value in end_of(tmp_path / "run").items())
+
+
+def test_the_step_models_recipe_runs_and_serves_srpo(taught, tiny_chat_llm, tmp_path):
+    small = ["sft.steps=30", "sft.batch_size=8", "sft.learning_rate=1e-2", *TINY[1:]]
+    config = load_config(JudgeTrainConfig, recipe_file("step_model"), [f"model={tiny_chat_llm}", *small])
+    folder = JudgeTrainer(config, tmp_path / "steps", examples=EXAMPLES).run()
+    assert JudgePrompt.load(folder).scheme == STEP
+    words = [
+        f"model={taught}",
+        "stages=[grpo]",
+        *TINY,
+        "grpo.num_generations=4",
+        "grpo.patterns=1",
+        f"grpo.srpo.model={folder}",
+    ]
+    config = load_config(JudgeTrainConfig, recipe_file("she"), words)
+    told = [dataclasses.replace(e, reasons="") for e in EXAMPLES]  # nothing verifies a step but the model
+    JudgeTrainer(config, tmp_path / "run", examples=told).run()
+    assert all(value.isfinite().all() for value in end_of(tmp_path / "run").values())
+
+
+def test_unknown_recipes_are_listed():
+    with pytest.raises(ValueError, match="recipe 'rag': give one of agrl, dyknow, she, step_model, taosr1, or a file"):
+        recipe_file("rag")
+    assert recipe_file("mine.yaml").name == "mine.yaml"
+
+
 @pytest.mark.parametrize("order", ["curriculum", "posterior"])
-def test_a_stage_with_every_switch_ends_the_same_after_a_kill(tiny_chat_llm, tmp_path, order, monkeypatch):
+def test_a_stage_with_its_switches_ends_the_same_after_a_kill(taught, tmp_path, order, monkeypatch):
     """Two runs, of which one is stopped behind its second step: the same weights."""
-    grpo = GRPOConfig(
-        prompts=8, num_generations=4, steps=4, batch_size=2, learning_rate=1e-3, temperature=1.5, balance=False, order=order,
-        advantage_clip=2.0, shaping=ShapingConfig(format=0.5, category=0.2, attribute=0.2, gate="soft"),
-        replay=ReplayConfig(share=0.5), srpo=SRPOConfig(weight=0.5, mask="critical"),
-    )  # fmt: skip
-    config = JudgeTrainConfig(
-        model=str(tiny_chat_llm), stages=("sft", "grpo"), style="post", rules="Judge.", max_chars=60, max_new_tokens=40, save_steps=1,
-        sft=dataclasses.replace(JudgeTrainConfig().sft, steps=80, batch_size=8, learning_rate=1e-2), grpo=grpo,
-    )  # fmt: skip
+    switches = ["grpo.num_generations=4", f"grpo.order={order}", "grpo.advantage_clip=2", "grpo.shaping.format=.5", "grpo.shaping.category=.2",
+                "grpo.shaping.gate=soft", "grpo.replay.share=.5", "grpo.srpo.weight=.5", "grpo.srpo.mask=critical"]  # fmt: skip
+    config = load_config(JudgeTrainConfig, None, [f"model={taught}", "stages=[grpo]", *TINY, *switches])
     JudgeTrainer(config, tmp_path / "one", examples=EXAMPLES).run()
-    log = RelevanceGRPOTrainer._save_checkpoint
+    save = RelevanceGRPOTrainer._save_checkpoint
 
     def stopping(self, model, trial):
-        log(self, model, trial)
+        save(self, model, trial)
         if self.state.global_step == 2:
             raise KeyboardInterrupt
 
@@ -555,9 +710,7 @@ def test_a_stage_with_every_switch_ends_the_same_after_a_kill(tiny_chat_llm, tmp
         with pytest.raises(KeyboardInterrupt):
             JudgeTrainer(config, tmp_path / "two", examples=EXAMPLES).run()
     JudgeTrainer(config, tmp_path / "two", examples=EXAMPLES).run()
-    from safetensors.torch import load_file
-
-    one, two = (load_file(tmp_path / name / "grpo" / "model" / "model.safetensors") for name in ("one", "two"))
+    one, two = end_of(tmp_path / "one"), end_of(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

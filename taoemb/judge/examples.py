@@ -32,7 +32,7 @@ LINES = ("Product:", "Conditions:", "Category:", "Attributes:")
 @dataclass(frozen=True, slots=True)
 class Example:
     """A pair, its grade 0..3 and, where they are known, its verdicts (positions in CATEGORY_VERDICTS and ATTRIBUTE_VERDICTS) and the
-    reasons."""
+    reasons; and a chunk of context that the judge reads, if any."""
 
     query: Query
     item: Item
@@ -40,6 +40,7 @@ class Example:
     category: int | None = None
     attribute: int | None = None
     reasons: str = ""
+    context: str = ""
 
     def completion(self, style: Style = "post", scheme: LabelScheme = GRADES_4) -> str:
         """What a model is to write.

@@ -41,7 +41,6 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         config: the stage's settings.
         arguments: TRL's settings, ``num_generations`` and ``per_device_train_batch_size`` among them: whole groups.
         style: of the completions.
-        contexts: a chunk of context for each example, for ``config.dyknow``.
         step_model: judges the steps that the examples' reasons do not verify, for ``config.srpo``.
         posterior: draws the prompts of each step, in the place of TRL's order.
         peft_config: adapters.
@@ -51,25 +50,23 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def __init__(
         self, model: Any, reads: ModelPrompt, examples: Sequence[Example], config: GRPOConfig, arguments: TRLConfig, *,
-        style: Style = "post", contexts: Sequence[str] | None = None, step_model: StepModel | None = None,
+        style: Style = "post", step_model: StepModel | None = None,
         posterior: PosteriorSampler | None = None, peft_config: Any = None,
     ) -> None:  # fmt: skip
         from datasets import Dataset
 
         config.check_style(style)
-        if config.dyknow.context and (contexts is None or len(contexts) != len(examples)):
-            raise ValueError(
-                f"dyknow.context: {len(examples)} examples and {len(contexts or ())} chunks of context; give one for each"
-            )
+        if config.dyknow.context and not any(e.context for e in examples):
+            raise ValueError("grpo.dyknow.context: no example has a chunk of context")
         self.reads, self.examples, self.settings, self.style = reads, list(examples), config, style
-        self.contexts, self.step_model, self.posterior = contexts, step_model, posterior
+        self.step_model, self.posterior = step_model, posterior
         self.scheme = reads.prompt.scheme
         self.labels = [int(label) for label in self.scheme.labels([e.grade for e in self.examples])]
         self.table = self.scheme.labels(load_ontology().grade_table)
         self.answers = _answer_tokens(reads) if config.label_objective == "expected" else []
         self._chosen: list[int] = []
         self._replayed = np.zeros(0, dtype=bool)
-        rows = [{"prompt": reads.render(e.query, e.item), "example": n} for n, e in enumerate(self.examples)]
+        rows = [{"prompt": self._prompt(n, not config.dyknow.context), "example": n} for n in range(len(self.examples))]
         super().__init__(
             model, self.shaped_reward, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=reads.tokenizer,
             peft_config=peft_config,
@@ -91,7 +88,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         with_context = np.zeros(len(inputs), dtype=bool)
         if self.settings.dyknow.context:
             with_context = np.arange(len(inputs)) % size >= size // 2
-            inputs = [{**row, "prompt": self._with_context(int(row["example"]))} if asked else row
+            inputs = [{**row, "prompt": self._prompt(int(row["example"]), True)} if asked else row
                       for row, asked in zip(inputs, with_context, strict=True)]  # fmt: skip
         self._replayed = np.zeros(len(inputs), dtype=bool)
         made: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -268,7 +265,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         clip = self.settings.advantage_clip or float("inf")
         made["transfer"] = torch.cat([moved.clamp(-clip, clip), torch.zeros_like(moved)], dim=1).flatten()
         made["without_context"] = torch.tensor(without, device=outcome.device)
-        prompt_ids = self._tokenize_prompts([self._with_context(n) for n in chosen])[0]
+        prompt_ids = self._tokenize_prompts([self._prompt(n, True) for n in chosen])[0]
         longest = max(map(len, prompt_ids))
         ids = torch.full((len(chosen), longest), self.reads.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -279,10 +276,9 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         made["context_prompt_mask"] = mask.repeat_interleave(size, 0).to(outcome.device)
         return apart
 
-    def _with_context(self, number: int) -> Any:
+    def _prompt(self, number: int, context: bool) -> Any:
         example = self.examples[number]
-        assert self.contexts is not None
-        return self.reads.render(example.query, example.item, self.contexts[number])
+        return self.reads.render(example.query, example.item, example.context if context else "")
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.reads.tokenizer.decode(ids, skip_special_tokens=True))

@@ -67,7 +67,7 @@ def sample_completions(
     ) as bar:
         while len(texts) < len(examples):
             batch = examples[len(texts) : len(texts) + _BATCH]
-            rows = [reads.encode(e.query, e.item) for e in batch]
+            rows = [reads.encode(e.query, e.item, e.context) for e in batch]
             longest = max(map(len, rows))
             ids = torch.full((len(rows), longest), pad)
             mask = torch.zeros_like(ids)

@@ -184,7 +184,21 @@ BINARY = LabelScheme(
     tiers=(1,),
     of_grade=(0, 0, 1, 1),
 )
-SCHEMES = {scheme.name: scheme for scheme in (GRADES_4, ESCI, GRADED_3, BINARY)}
+STEP = LabelScheme(
+    name="step",
+    names=("No", "Yes"),
+    meanings=(
+        "the last line of the context is wrong about the query or the item",
+        "the last line of the context is right",
+    ),
+    answers=("No", "Yes"),
+    values=(0.0, 1.0),
+    good=1,
+    tiers=(1,),
+    of_grade=(0, 0, 1, 1),
+)
+"""Of a model that judges the steps of a chain of reasons (`taoemb.judge.step_model`), no scheme of relevance."""
+SCHEMES = {scheme.name: scheme for scheme in (GRADES_4, ESCI, GRADED_3, BINARY, STEP)}
 
 
 def scheme_of(judge: object) -> LabelScheme:

@@ -35,6 +35,8 @@ class SRPOConfig:
 
     weight: float = 0.0
     """Share of the step's own advantage inside a step; 0 is plain GRPO."""
+    model: str = ""
+    """Folder of a language model, trained with ``scheme=step``, that judges the steps which the examples' own reasons do not verify."""
     mask: Mask = "none"
     """Which steps are trained: ``none`` all; ``critical`` the two verdicts and the label; ``first_error`` of each completion the label, and the steps
     up to its first wrong one."""

@@ -29,6 +29,8 @@ from taoemb.config import diff, load_config, save_config
 from taoemb.files import read_json, replace_folder, write_json, write_text
 from taoemb.judge.causal import CausalJudge, load_causal
 from taoemb.judge.chains import pass_at_k
+from taoemb.judge.contexts import Contexts
+from taoemb.judge.dyknow import uncertain
 from taoemb.judge.examples import Example, Style, catalog_examples, shop_examples
 from taoemb.judge.prompts import JudgePrompt, ModelPrompt
 from taoemb.judge.sampling import (
@@ -40,8 +42,9 @@ from taoemb.judge.sampling import (
     preference_pairs,
     sample_completions,
 )
-from taoemb.judge.schemes import get_scheme
+from taoemb.judge.schemes import STEP, get_scheme
 from taoemb.judge.srpo import StepModel
+from taoemb.judge.step_model import StepJudge, step_examples
 from taoemb.judge.teacher import Teacher
 from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig, PreferenceConfig, SFTConfig, Stage
 from taoemb.judge.verdicts import fingerprint
@@ -61,7 +64,6 @@ class JudgeTrainer:
         examples: your own labelled pairs, in the place of the generated shop's. Those without reasons teach the label alone.
         teacher: a completion for an example on which the judge was always wrong, None where it has none; by default the example's
             own reasons.
-        contexts: the chunk of context of an example, for ``grpo.dyknow``.
         step_model: judges steps of reasons, for ``grpo.srpo``; by default they are compared with the example's own reasons alone.
 
     Raises ValueError when the folder was begun with other settings or examples, FloatingPointError when a loss is no number (the run
@@ -70,7 +72,7 @@ class JudgeTrainer:
 
     def __init__(
         self, config: JudgeTrainConfig, run_dir: str | Path, *, examples: Sequence[Example] | None = None,
-        teacher: Callable[[Example], str | None] | None = None, contexts: Callable[[Example], str] | None = None,
+        teacher: Callable[[Example], str | None] | None = None,
         step_model: StepModel | None = None, say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         check_trl()
@@ -78,9 +80,7 @@ class JudgeTrainer:
             raise ValueError("give the start model with model= and a catalog with data=, or your own examples")
         self.config, self.run_dir, self.say = config, Path(run_dir), say
         self.scheme = get_scheme(config.scheme)
-        self._given, self._teacher, self._contexts, self._step_model = examples, teacher, contexts, step_model
-        if config.grpo.dyknow.context and contexts is None:
-            raise ValueError("grpo.dyknow.context: give contexts=, which finds a chunk of context for an example")
+        self._given, self._teacher, self._step_model = examples, teacher, step_model
         self._claim()
 
     def _claim(self) -> None:
@@ -142,7 +142,8 @@ class JudgeTrainer:
         """Of ``sft``."""
         if self._pool is not None:
             return self._pool
-        return shop_examples(self._shop, self.config.examples, self.config.seed, balance=self.config.balance)
+        drawn = shop_examples(self._shop, self.config.examples, self.config.seed, balance=self.config.balance)
+        return self._with_contexts(drawn)
 
     @cached_property
     def _pool(self) -> list[Example] | None:
@@ -165,7 +166,7 @@ class JudgeTrainer:
                                  "pairs; ask another teacher in another folder, or set style=label")  # fmt: skip
         if self._given is None:
             self.say(f"{len(pool):,} examples, {sum(bool(e.reasons) for e in pool):,} of them with reasons")
-        return pool
+        return self._with_contexts(pool)
 
     @property
     def _taught(self) -> list[Example]:
@@ -192,7 +193,21 @@ class JudgeTrainer:
         if self._pool is not None:
             order = np.random.default_rng([self.config.seed, seed]).permutation(len(self._pool))[:count]
             return [self._pool[i] for i in order]
-        return shop_examples(self._shop, count, self.config.seed + seed, balance=self.config.balance)
+        drawn = shop_examples(self._shop, count, self.config.seed + seed, balance=self.config.balance)
+        return self._with_contexts(drawn)
+
+    def _with_contexts(self, examples: list[Example]) -> list[Example]:
+        """Those that have no chunk of context get the one that is found for them; for a step model it is a chain."""
+        if self.scheme is STEP:
+            return step_examples(examples, self.config.seed)
+        if not self.config.contexts:
+            return examples
+        find = self._contexts
+        return [e if e.context else replace(e, context=find(e.query, e.item)) for e in examples]
+
+    @cached_property
+    def _contexts(self) -> Contexts:
+        return Contexts.load(self.config.contexts, self.config.data)
 
     def labels(self, examples: Sequence[Example]) -> list[int]:
         """Of the scheme."""
@@ -205,7 +220,7 @@ class JudgeTrainer:
 
         model, reads = self._load(start)
         rows = [
-            {"prompt": reads.render(e.query, e.item), "completion": reads.answer(self._completion(e))}
+            {"prompt": reads.render(e.query, e.item, e.context), "completion": reads.answer(self._completion(e))}
             for e in self._taught
         ]
         settings = self.config.sft
@@ -227,7 +242,11 @@ class JudgeTrainer:
         self._note(stage, sampled, labels)
         if stage == "kto":
             rows = [
-                {"prompt": reads.render(e.query, e.item), "completion": reads.answer(text), "label": said == label}
+                {
+                    "prompt": reads.render(e.query, e.item, e.context),
+                    "completion": reads.answer(text),
+                    "label": said == label,
+                }
                 for e, texts, stated, label in zip(
                     examples, sampled.texts, sampled.labels.tolist(), labels, strict=True
                 )
@@ -239,7 +258,7 @@ class JudgeTrainer:
             pairs = preference_pairs(examples, sampled, labels, teacher)
             rows = [
                 {
-                    "prompt": reads.render(examples[i].query, examples[i].item),
+                    "prompt": reads.render(examples[i].query, examples[i].item, examples[i].context),
                     "chosen": reads.answer(a),
                     "rejected": reads.answer(b),
                 }
@@ -272,8 +291,17 @@ class JudgeTrainer:
         model, reads = self._load(start)
         settings = self.config.grpo
         examples = self._fresh(settings.prompts, 202)
+        if settings.pool < 1:
+            judge = CausalJudge(model, tokenizer=reads.tokenizer, prompt=reads.prompt)
+            probs = judge.score([(e.query, e.item) for e in examples]).probs
+            examples = [examples[n] for n in uncertain(probs, settings.pool)]
+            if not examples:
+                raise ValueError(
+                    f"grpo.pool={settings.pool}: the judge is surer than that of all {settings.prompts} prompts; raise it"
+                )
         labels = self.labels(examples)
-        sampled = self._sample(stage, model, reads, examples, settings.num_generations, settings.temperature)
+        asked = [replace(e, context="") for e in examples] if settings.dyknow.context else examples
+        sampled = self._sample(stage, model, reads, asked, settings.num_generations, settings.temperature)
         self._note(stage, sampled, labels)
         correct = sampled.correct(labels)
         kept = difficult(
@@ -304,13 +332,12 @@ class JudgeTrainer:
         halved = settings.dyknow.context and settings.dyknow.transfer
         arguments = trl.GRPOConfig(
             **base, num_generations=settings.num_generations, max_completion_length=self.config.max_new_tokens,
-            temperature=settings.temperature, beta=settings.beta / 2 if halved else settings.beta, top_k=0,
+            temperature=settings.temperature, beta=settings.beta / 2 if halved else settings.beta, top_k=settings.top_k,
             shuffle_dataset=settings.order == "random",
         )  # fmt: skip
         trainer = RelevanceGRPOTrainer(
             model, reads, [examples[n] for n in kept], settings, arguments, style=self._style,
-            contexts=[self._contexts(examples[n]) for n in kept] if self._contexts and settings.dyknow.context else None,
-            step_model=self._step_model, posterior=posterior, peft_config=self._lora(),
+            step_model=self._step_model or (StepJudge(CausalJudge(settings.srpo.model)) if settings.srpo.model else None), posterior=posterior, peft_config=self._lora(),
         )  # fmt: skip
         self._fit(stage, trainer, reads)
 

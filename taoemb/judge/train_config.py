@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,10 +15,11 @@ from taoemb.judge.agrl import ReplayConfig, ShapingConfig
 from taoemb.judge.dyknow import DyKnowConfig
 from taoemb.judge.examples import Style
 from taoemb.judge.prompts import RULES
-from taoemb.judge.schemes import get_scheme
+from taoemb.judge.schemes import STEP, get_scheme
 from taoemb.judge.srpo import SRPOConfig
 from taoemb.judge.teacher import TeacherConfig
 
+RECIPES = Path(__file__).parent / "recipes"
 Stage = Literal["sft", "dpo", "kto", "grpo"]
 Order = Literal["random", "curriculum", "posterior"]
 LabelObjective = Literal["grpo", "expected"]
@@ -69,7 +71,9 @@ class GRPOConfig:
     balance: bool = True
     """As many prompts of every label: a coefficient of variation of 0 [paper: the best]."""
     temperature: float = 1.0
-    """Of the sampling [ours]."""
+    """Of the sampling [ours; DyKnow-RAG: .99]."""
+    top_k: int = 0
+    """Completions are drawn from so many most probable tokens; 0: from all [DyKnow-RAG: 100]."""
     steps: int = 200
     """Optimiser steps [ours]."""
     batch_size: int = 4
@@ -82,6 +86,8 @@ class GRPOConfig:
     """Advantages are clamped to plus and minus this; 0: not [DyKnow-RAG: 2]."""
     hardest: float = 0.0
     """Prompts with at most this share of right completions are left out too [DyKnow-RAG: from .01 on]."""
+    pool: float = 1.0
+    """Prompts whose most probable label has this probability or more are left out before they are sampled [DyKnow-RAG: .7]; 1: none is."""
     patterns: int = 1
     """Prompts are kept whose completions differ in their verdicts and label at least so often [ours, after TaoSR-SHE's diversity]."""
     order: Order = "random"
@@ -109,6 +115,8 @@ class GRPOConfig:
             )
         if style == "pre" and self.label_objective == "expected":
             raise ValueError("grpo.label_objective=expected needs the label first: set style=post or style=label")
+        if style == "pre" and self.pool < 1:
+            raise ValueError("grpo.pool needs the label first: set style=post or style=label")
         if self.dyknow.context and self.num_generations % 2:
             raise ValueError(
                 f"grpo.num_generations={self.num_generations}: half of a group has context, give an even number"
@@ -142,6 +150,9 @@ class JudgeTrainConfig:
     """Graded pairs of training queries for ``sft`` [ours]; of a catalog or a teacher for all stages."""
     balance: bool = True
     """As many of each grade."""
+    contexts: str = ""
+    """Chunks of context, of which each example gets the best by BM25: a table with the columns ``id`` and ``text``, or ``shop`` for what the
+    generated shop writes. All stages read them, but for ``grpo.dyknow``, where half of each group does."""
     max_new_tokens: int = 128
     """Longest completion."""
     max_chars: int = 400
@@ -170,6 +181,10 @@ class JudgeTrainConfig:
             raise ValueError(f"stages={list(self.stages)}: give some of {', '.join(get_args(Stage))}, each once")
         if self.style not in get_args(Style):
             raise ValueError(f"style={self.style!r}: give one of {', '.join(get_args(Style))}")
+        if self.scheme == STEP.name and (self.style != "label" or self.contexts):
+            raise ValueError(
+                "scheme=step: the context is the chain, and its last line is right or wrong; set style=label and no contexts"
+            )
         for name in ("sft", "dpo", "grpo"):
             words = ("steps", "batch_size", "learning_rate", *(() if name == "sft" else ("prompts", "temperature")))
             with _of(name):
@@ -184,6 +199,10 @@ class JudgeTrainConfig:
             raise ValueError(
                 f"grpo.hardest={self.grpo.hardest}: give a share from 0, below grpo.difficulty={self.grpo.difficulty}"
             )
+        if self.grpo.top_k < 0:
+            raise ValueError(f"grpo.top_k={self.grpo.top_k}: give 0, for all tokens, or a number of tokens")
+        if not 0 < self.grpo.pool <= 1:
+            raise ValueError(f"grpo.pool={self.grpo.pool}: give a probability above 0, at most 1")
         if not 0 <= self.grpo.advantage_clip < np.inf:
             raise ValueError(
                 f"grpo.advantage_clip={self.grpo.advantage_clip}: give 0, for none, or a number greater than 0"
@@ -198,6 +217,8 @@ class JudgeTrainConfig:
                     f"grpo.{name}={getattr(self.grpo, name)!r}: give one of {', '.join(get_args(allowed))}"
                 )
         self.grpo.check_style(self.style)
+        if self.grpo.dyknow.context and not self.contexts:
+            raise ValueError("grpo.dyknow.context: say where chunks of context come from with contexts=")
         if min(self.dpo.samples, self.grpo.num_generations) < 2:
             raise ValueError(f"dpo.samples={self.dpo.samples}, grpo.num_generations={self.grpo.num_generations}: completions are compared, "
                              "give 2 or more")  # fmt: skip
@@ -212,3 +233,14 @@ def _of(part: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{part}.{error}") from None
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe by its name, or a YAML file of your own. Raises ValueError that lists the names."""
+    own, file = Path(name), RECIPES / f"{name}.yaml"
+    if own.suffix == ".yaml":
+        return own
+    if not file.exists():
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise ValueError(f"recipe {name!r}: give one of {known}, or a file that ends in .yaml")
+    return file
