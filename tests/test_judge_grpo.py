@@ -6,13 +6,15 @@ import json
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from taoemb.catalog import Item, Query
+from taoemb.catalog import Catalog, Item, Query
 from taoemb.config import load_config
 from taoemb.judge.agrl import HINT_LEVELS, ReplayConfig, ShapingConfig, hint, shaped_rewards
+from taoemb.judge.build import JudgeBuilder, JudgeConfig
 from taoemb.judge.causal import CausalJudge
 from taoemb.judge.chains import ParsedChain
 from taoemb.judge.contexts import Chunk, ContextJudge, Contexts, shop_chunks
@@ -307,13 +309,21 @@ def test_a_pair_gets_the_nearest_chunk(tmp_path):
         Contexts([Chunk("a", "x"), Chunk("a", "y")])
 
 
-def test_a_judge_reads_the_chunk_that_is_found(tiny_chat_llm):
+def test_a_judge_reads_the_chunk_that_is_found(tiny_chat_llm, tmp_path):
     judge, contexts = CausalJudge(tiny_chat_llm), Contexts([Chunk("a", "mugs hold coffee")])
     pairs = [(Query("q", "mug"), Item("i", "Mug")), (Query("q", "lamp"), Item("j", "Lamp"))]
     with pytest.warns(UserWarning, match="label"):
         found, wanted = ContextJudge(judge, contexts).score(pairs), judge.score(pairs, ["mugs hold coffee", ""])
     np.testing.assert_array_equal(found.probs, wanted.probs)
     assert not np.allclose(found.probs[0], judge.score(pairs).probs[0])
+    contexts.save(tmp_path / "contexts.parquet")
+    catalog = Catalog.from_tables(pa.table({"id": ["i", "j"], "title": ["Mug", "Lamp"]}))
+    config = JudgeConfig("hf_causal", str(tiny_chat_llm), contexts=str(tmp_path / "contexts.parquet"))
+    with pytest.warns(UserWarning, match="label"):
+        named = JudgeBuilder(config, catalog, tmp_path, print).judge.score(pairs)
+    np.testing.assert_allclose(named.probs, wanted.probs, atol=1e-6)
+    with pytest.raises(ValueError, match="contexts='x' is read by kind=hf_causal alone"):
+        JudgeConfig("lexical", contexts="x")
     assert ContextJudge(judge, contexts).fingerprint != ContextJudge(judge, Contexts([Chunk("a", "x")])).fingerprint
 
 

@@ -79,6 +79,9 @@ class JudgeConfig:
     """Second judge of a cascade, which reads with ``model``."""
     sure: float = 0.7
     """Probability of a label from which on the first judge of a cascade is believed."""
+    contexts: str = ""
+    """Of ``hf_causal``: table of chunks with the columns ``id`` and ``text``, of which each pair is read with the best by BM25; a judge trained with
+    contexts left its own in ``contexts.parquet``."""
     batch_size: int = 32
     """Pairs in a forward pass of a model, or requests at a time to a server."""
     encoder: str = "minilm"
@@ -107,6 +110,8 @@ class JudgeConfig:
             raise ValueError(
                 f"cheap={self.cheap!r}, strong={self.strong!r}: both read with model; make one of them a judge without"
             )
+        if self.contexts and "hf_causal" not in reading:
+            raise ValueError(f"contexts={self.contexts!r} is read by kind=hf_causal alone, and kind is {self.kind!r}")
         if "openai_server" in reading and not self.url:
             raise ValueError(f"kind={self.kind!r}: say where the server is with url=, such as http://host:8000/v1")
         if self.calibration != "none" and "ensemble" in self._parts and reading:
@@ -245,7 +250,12 @@ class JudgeBuilder:
         if kind == "hf_causal":
             from taoemb.judge.causal import CausalJudge
 
-            return CausalJudge(config.model, prompt=prompt, score_fn=score_fn, batch_size=config.batch_size)
+            judge = CausalJudge(config.model, prompt=prompt, score_fn=score_fn, batch_size=config.batch_size)
+            if not config.contexts:
+                return judge
+            from taoemb.judge.contexts import ContextJudge, Contexts
+
+            return ContextJudge(judge, Contexts.load(config.contexts))
         from taoemb.judge.openai_server import OpenAIJudge
 
         if config.prompt and JudgePrompt.load(config.prompt) is None:

@@ -19,7 +19,7 @@ from taoemb.judge.causal import CausalJudge
 from taoemb.judge.verdicts import fingerprint
 from taoemb.shop import Shop
 from taoemb.shop_rules import Ontology, Truth
-from taoemb.tables import TableSpec, normalize_table, read_table
+from taoemb.tables import TableSpec, normalize_table, read_table, write_table
 from taoemb.types import JudgeOutput
 
 ChunkKind = Literal["encyclopedia", "review", "noise", ""]
@@ -61,6 +61,11 @@ class Contexts:
             return cls(shop_chunks(Shop.load(data)))
         table = normalize_table(read_table(Path(source), _TABLE), _TABLE, str(source))
         return cls([Chunk(row["id"], row["text"]) for row in table.to_pylist()])
+
+    def save(self, file: str | Path) -> None:
+        """As a parquet file that `load` reads."""
+        columns = {name: [getattr(chunk, name) for chunk in self.chunks.values()] for name in ("id", "text")}
+        write_table(pa.table(columns), Path(file))
 
     @property
     def fingerprint(self) -> str:

@@ -207,7 +207,11 @@ class JudgeTrainer:
 
     @cached_property
     def _contexts(self) -> Contexts:
-        return Contexts.load(self.config.contexts, self.config.data)
+        """Also written to the run folder, for ``judge.contexts``."""
+        found, file = Contexts.load(self.config.contexts, self.config.data), self.run_dir / "contexts.parquet"
+        if not file.exists():
+            found.save(file)
+        return found
 
     def labels(self, examples: Sequence[Example]) -> list[int]:
         """Of the scheme."""
