@@ -171,7 +171,7 @@ def judge_train(
 ) -> None:
     """Train a relevance LLM as TaoSR1 does: supervised reasons, preferences, GRPO; or as its successors do, by --recipe."""
     from taoemb.config import describe, load_config
-    from taoemb.judge.train import JudgeTrainer
+    from taoemb.judge.train import CONTEXTS_FILE, JudgeTrainer
     from taoemb.judge.train_config import JudgeTrainConfig, recipe_file
 
     if help_config:
@@ -184,7 +184,8 @@ def judge_train(
     if out is None:
         raise ValueError("give a run folder with --out")
     trained = JudgeTrainer(config, out, say=lambda text: typer.echo(text, err=True)).run()
-    typer.echo(f"the judge is {trained}: judge.kind=hf_causal judge.model={trained}", err=True)
+    contexts = f" judge.contexts={out / CONTEXTS_FILE}" if config.contexts else ""
+    typer.echo(f"the judge is {trained}: judge.kind=hf_causal judge.model={trained}{contexts}", err=True)
 
 
 @judge_app.command("distill")
@@ -373,13 +374,17 @@ def _written(
     """pass@k of drawn completions, and what the greedy ones' reasons are worth; of language models here alone."""
     from taoemb.judge.causal import CausalJudge
     from taoemb.judge.chains import chain_metrics, pass_at_k
+    from taoemb.judge.contexts import ContextJudge
     from taoemb.judge.examples import parse
     from taoemb.judge.sampling import sample_completions
     from taoemb.judge.verdicts import fingerprint
     from taoemb.shop_rules import load_ontology
 
     judge: Any = builder.judge
-    while hasattr(judge, "judge"):  # behind a calibration, a cache
+    while hasattr(judge, "judge") and not isinstance(judge, ContextJudge):  # behind a calibration, a cache
+        judge = judge.judge
+    if isinstance(judge, ContextJudge):
+        examples = [dataclasses.replace(e, context=judge.contexts(e.query, e.item)) for e in examples]
         judge = judge.judge
     if not isinstance(judge, CausalJudge):
         return {}

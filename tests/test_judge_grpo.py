@@ -18,7 +18,7 @@ from taoemb.judge.build import JudgeBuilder, JudgeConfig
 from taoemb.judge.causal import CausalJudge
 from taoemb.judge.chains import ParsedChain
 from taoemb.judge.contexts import Chunk, ContextJudge, Contexts, shop_chunks
-from taoemb.judge.dyknow import DyKnowConfig, advantages, posterior_scaling, transfer, transfer_objective, uncertain
+from taoemb.judge.dyknow import DyKnowConfig, posterior_scaling, transfer, transfer_objective, uncertain
 from taoemb.judge.examples import Example, parse_label, shop_examples
 from taoemb.judge.prompts import JudgePrompt, ModelPrompt
 from taoemb.judge.sampling import PosteriorSampler, Sampled, curriculum, difficult, patterns
@@ -85,15 +85,23 @@ def test_steps_of_a_chain():
 
 
 def test_tokens_belong_to_the_step_that_they_write():
-    pieces = ["3", "\n", "Cate", "gory: ", "exact\nAttr", "ibutes: ", "match", "", "\n!"]
+    pieces = ["3", "\n", "Cate", "gory: ", "exact\nAttr", "ibutes: ", "match", "", "\n!", ""]
     steps = token_steps(range(len(pieces)), lambda ids: "".join(pieces[i] for i in ids))
-    assert steps.tolist() == [0, -1, 3, 3, 4, 4, 4, -1, -1]
+    assert steps.tolist() == [0, -1, 3, 3, 4, 4, 4, 4, -1, -1]
+    raw = [
+        b"3\nProduct: ",
+        *(bytes([byte]) for byte in "杯".encode()),
+        b"\nCategory: exact",
+    ]  # a character in three tokens
+    steps = token_steps(range(len(raw)), lambda ids: b"".join(raw[i] for i in ids).decode(errors="replace"))
+    assert steps.tolist() == [1, 1, 1, 1, 3]
 
 
 def test_the_offline_verifier_compares_lines():
     reference = f"3\n{CHAIN}"
-    said = "4\nProduct:  Mug is wanted, this is cup\nCategory: exact\nNote: x\nAttributes: match"
+    said = "4\nProduct:  Mug is want ed, this is cup\nCategory: exact\nNote: x\nAttributes: match"
     np.testing.assert_array_equal(verified(said, reference), [0, 1, NAN, 0, 1])
+    np.testing.assert_array_equal(verified(said, reference, verdicts_only=True), [0, NAN, NAN, 0, 1])
     np.testing.assert_array_equal(verified("", reference), [NAN] * 5)
 
 
@@ -112,7 +120,7 @@ def test_without_weight_it_is_plain_grpo():
 
 def test_step_advantages_by_hand():
     """Two completions: equal product steps (z = 0), one right and one wrong verdict each (z = +-1/sqrt 2 of a deviation with n - 1)."""
-    z = 0.5 / math.sqrt(0.5)
+    z = 0.5 / (math.sqrt(0.5) + 1e-4)
     found = step_advantages(OUTCOME, STEPS_BT, VALUES, 2, SRPOConfig(weight=0.5))
     wanted = [
         [0.7, 0.35, 0.35, 0.7, 0.35 - z / 2, 0.35 + z / 2],
@@ -121,6 +129,14 @@ def test_step_advantages_by_hand():
     torch.testing.assert_close(found, torch.tensor(wanted))
     clamped = step_advantages(OUTCOME, STEPS_BT, VALUES, 2, SRPOConfig(weight=1.0), clip=0.1)
     torch.testing.assert_close(clamped[0], torch.tensor([0.7, 0.0, 0.0, 0.7, -0.1, 0.1]))
+
+
+def test_equal_steps_are_worth_nothing():
+    """Rounding must not make a deviation of nothing."""
+    values = torch.full((8, 5), 0.37)
+    values[3, 3] = NAN
+    found = step_advantages(torch.zeros(8), torch.full((8, 1), 3), values, 8, SRPOConfig(weight=1.0))
+    assert not found.any()
 
 
 def test_masks():
@@ -153,17 +169,13 @@ def test_union_normalised_advantage_is_that_of_one_group():
         union = (without[g].numpy() - both.mean()) / (both.std(ddof=1) + 1e-4)
         beta = 4 / (1 + math.exp(-4 * float(flags[g, 4:].float().mean() - flags[g, :4].float().mean())))
         np.testing.assert_allclose(found[g], np.where(union > 0, 0.1 / beta * union, beta * union), rtol=1e-5)
-    np.testing.assert_allclose(
-        transfer(without, with_context, flags[:, :4], flags[:, 4:], 0.5),
-        0.5 * advantages(torch.cat([without, with_context], 1))[:, :4],
-    )
-
-
-def test_advantages_leave_rewards_out_that_are_no_number():
-    found = advantages(torch.tensor([[1.0, 0.0, NAN], [1.0, 1.0, 1.0], [NAN, NAN, NAN]]), eps=0.0)
-    s = math.sqrt(0.5)
-    torch.testing.assert_close(found[0], torch.tensor([0.5 / s, -0.5 / s, 0.0]))
-    assert not found[1:].any()
+    both = torch.cat([without, with_context], 1)
+    union = ((both - both.mean(1, keepdim=True)) / (both.std(1, keepdim=True) + 1e-4))[:, :4]
+    fixed = transfer(without, with_context, flags[:, :4], flags[:, 4:], scale=0.5, clip=0.6)
+    torch.testing.assert_close(fixed, 0.5 * union.clamp(-0.6, 0.6))
+    # The clamp is of the advantage, and beta scales what is left.
+    steep = transfer(without, with_context, torch.zeros(3, 4), torch.ones(3, 4), clip=0.6)
+    assert steep.min() == pytest.approx(-0.6 * 4 / (1 + math.exp(-4)))
 
 
 def test_the_third_term_is_a_mean_probability():
@@ -200,11 +212,28 @@ def test_the_curriculum_begins_with_what_is_mostly_right():
         [[1, 0, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         dtype=bool,
     )
-    order = curriculum(range(6), correct, [0, 0, 0, 0, 1, 1])
+    labels = [0, 0, 0, 0, 1, 1]
+    order = curriculum(range(6), correct, labels, 6)
     assert set(order[:3]) == {1, 3, 5}
     assert 5 in order[:2]  # labels take turns
     assert set(order[3:5]) == {2, 4}
     assert order[5] == 0
+    twice = curriculum(range(6), correct, labels, 12)
+    assert [sorted(part) for part in (twice[:6], twice[6:10], twice[10:])] == [[1, 1, 3, 3, 5, 5], [2, 2, 4, 4], [0, 0]]
+    half = curriculum(range(6), correct, labels, 3)  # every bucket has its share
+    assert len(half) == 3
+    assert half[0] in (1, 3, 5)
+    assert half[-1] in (0, 2, 4)
+
+
+def test_balance_comes_behind_every_filter():
+    correct = np.array([[1, 0]] * 6, dtype=bool)
+    keep = np.array([True, True, False, True, True, True])
+    assert difficult(correct, [0, 0, 1, 1, 0, 0], keep=keep)[-1] in (3, 4, 5)
+    found = difficult(correct, [0, 0, 1, 1, 0, 0], keep=keep)
+    assert len(found) == 2
+    assert 3 in found
+    assert difficult(correct, [0] * 6, balance=False, keep=keep) == [0, 1, 3, 4, 5]
 
 
 def test_the_posterior_prefers_prompts_half_right_and_is_a_function_of_its_history():
@@ -305,7 +334,7 @@ def test_a_pair_gets_the_nearest_chunk(tmp_path):
     assert again(Query("q", "warm"), Item("i", "duvet")) == "a duvet keeps warm"
     with pytest.raises(ValueError, match="give at least one"):
         Contexts([])
-    with pytest.raises(ValueError, match="a"):
+    with pytest.raises(ValueError, match="'a'.*twice"):
         Contexts([Chunk("a", "x"), Chunk("a", "y")])
 
 
@@ -330,18 +359,18 @@ def test_a_judge_reads_the_chunk_that_is_found(tiny_chat_llm, tmp_path):
 # -- the step model ---------------------------------------------------------------------------------------------------------
 
 
-def test_steps_to_learn_from_are_right_or_of_another_example():
-    pool = shop_examples(
-        generate_shop(300, seed=1, train_queries=60, validation_queries=0, test_queries=20), 80, balance=False
-    )
+def test_steps_to_learn_from_are_right_or_of_another_example(shop):
+    pool = shop_examples(shop, 80, balance=False)
     found = step_examples(pool)
     chains = {(e.query.id, e.item.id): e.reasons.splitlines() for e in pool}
+    spoilt = 0
     for example in found:
         chain, said = chains[example.query.id, example.item.id], example.context.splitlines()
-        assert said[:-1] == chain[: len(said) - 1]
+        assert [line.partition(":")[0] for line in said] == [line.partition(":")[0] for line in chain[: len(said)]]
         assert (said[-1] == chain[len(said) - 1]) == (example.grade == 3)
-        assert said[-1].partition(":")[0] == chain[len(said) - 1].partition(":")[0]
-    assert 0.25 < np.mean([e.grade == 0 for e in found]) < 0.55
+        spoilt += said[:-1] != chain[: len(said) - 1]
+    assert 0.4 < np.mean([e.grade == 0 for e in found]) < 0.6
+    assert spoilt
     with pytest.raises(ValueError, match="no example has reasons"):
         step_examples([Example(Query("q", "mug"), Item("i", "Mug"), 3)])
 
@@ -350,10 +379,10 @@ def test_a_step_judge_reads_the_chain_up_to_the_step(tiny_chat_llm):
     judge = CausalJudge(tiny_chat_llm, prompt=JudgePrompt(STEP, "Is it?"))
     pair = (Query("q", "mug"), Item("i", "Mug"))
     with pytest.warns(UserWarning, match="label"):
-        said = StepJudge(judge)([pair], ["4\n"], ["Product: mug"])
-    wanted = judge.score([pair], ["4\nProduct: mug"]).probs[:, 1]
+        said = StepJudge(judge)([pair, pair], ["Product: mug", ""], ["Category: exact", "Product: mug"])
+    wanted = judge.score([pair, pair], ["Product: mug\nCategory: exact", "Product: mug"]).probs[:, 1]
     assert said == pytest.approx(wanted)
-    with pytest.raises(ValueError, match="has 4 labels"):
+    with pytest.raises(ValueError, match="has the scheme 'taobao4'"):
         StepJudge(CausalJudge(tiny_chat_llm))
 
 
@@ -376,7 +405,7 @@ TOLD = [dataclasses.replace(example, context="it is so") for example in EXAMPLES
 def made(tiny_chat_llm, tmp_path):
     """``made(config, ...)``: a trainer on a fresh tiny model; ``steps`` texts are what it writes, row by row, in the place of samples."""
 
-    def make(config, *, style="post", examples=EXAMPLES, written=None, batch=2, steps=1, **more):
+    def make(config, *, style="post", examples=EXAMPLES, written=None, batch=2, steps=1, num_iterations=1, **more):
         from taoemb.judge.causal import load_causal
 
         model, tokenizer = load_causal(tiny_chat_llm, dtype="float32")
@@ -387,7 +416,7 @@ def made(tiny_chat_llm, tmp_path):
             output_dir=str(tmp_path / "out"), max_steps=steps, per_device_train_batch_size=batch * config.num_generations,
             num_generations=config.num_generations, max_completion_length=40, temperature=1.0, beta=config.beta, top_k=0, report_to="none",
             use_cpu=True, disable_tqdm=True, shuffle_dataset=False, learning_rate=1e-3, save_strategy="no", seed=0, bf16=False,
-            dataloader_pin_memory=False, logging_steps=1,
+            dataloader_pin_memory=False, logging_steps=1, num_iterations=num_iterations,
         )  # fmt: skip
         trainer = RelevanceGRPOTrainer(
             model, ModelPrompt(JudgePrompt(rules="Judge."), tokenizer), examples, config, arguments, style=style, **more
@@ -436,7 +465,7 @@ def test_replay_touches_groups_of_low_accuracy_alone_and_keeps_their_prompts(mad
     """Group 3 is all wrong: of its two worst rows, the unreadable one and the one furthest off, one gets the one right hinted completion
     of the second level; group 1 has enough right ones."""
     own = [[RIGHT, RIGHT, WRONG, WRONG, "2", "3", "no", "1"]]
-    hinted = [["2", "3"], [EXAMPLES[7].completion("post"), "2"]]
+    hinted = [["2", "4"], [EXAMPLES[7].completion("post"), "2"]]  # a right label without reasons earns nothing
     numbers = [3, 7]
     trainer = made(plain(replay=ReplayConfig(share=0.5, weight=0.5)), written=own + hinted)
     output = rollout(trainer, numbers)
@@ -452,8 +481,10 @@ def test_replay_touches_groups_of_low_accuracy_alone_and_keeps_their_prompts(mad
     prompts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(output["prompt_ids"], output["prompt_mask"])]
     assert prompts == seen[0]
     assert "Context" not in "".join(prompts)
-    s = math.sqrt(3 / 12)  # rewards 0 0 1 0
-    wanted = torch.tensor([-0.25, -0.25, 0.75 * 0.5, -0.25]) / (s + 1e-4)
+    s = math.sqrt(
+        3 / 12
+    )  # rewards 0 0 1 0, and half the weight for the group that has an advantage only because of the hint
+    wanted = 0.5 * torch.tensor([-0.25, -0.25, 0.75, -0.25]) / (s + 1e-4)
     torch.testing.assert_close(output["advantages"][4:], wanted)
     logged = trainer._metrics["train"]
     assert (logged["replay/groups"], logged["replay/rescued"]) == ([1.0], [1.0])
@@ -465,6 +496,26 @@ def test_replay_without_a_right_hinted_completion_changes_nothing(made):
     assert not trainer._replayed.any()
     assert not output["advantages"].any()
     assert trainer._metrics["train"]["replay/rescued"] == [0.0]
+
+
+def test_replay_goes_with_steps_and_with_the_posterior(made):
+    posterior = PosteriorSampler((np.zeros(8), np.full(8, 4)), 1)
+    config = plain(replay=ReplayConfig(share=0.25, weight=0.5), srpo=SRPOConfig(weight=1.0))
+    trainer = made(config, batch=1, written=[["1", "1", "1", "1"], [RIGHT]], posterior=posterior)
+    output = rollout(trainer, [3])
+    assert trainer._replayed.sum() == 1
+    assert posterior.history == [[(3, 0, 3)]]  # what a hint brought about is not its own
+    full = made(
+        plain(replay=ReplayConfig(share=0.25), srpo=SRPOConfig(weight=1.0)),
+        batch=1,
+        written=[["1", "1", "1", "1"], [RIGHT]],
+    )
+    torch.testing.assert_close(output["advantages"], 0.5 * rollout(full, [3])["advantages"])
+
+
+def test_the_posterior_is_for_one_process_and_one_update(made):
+    with pytest.raises(ValueError, match="grpo.order=posterior: 1 processes, 2 updates per generation"):
+        made(plain(), posterior=PosteriorSampler((np.zeros(8), np.full(8, 4)), 1), num_iterations=2)
 
 
 def test_srpo_gives_tokens_their_steps_advantage(made):
@@ -499,7 +550,7 @@ def test_a_step_model_judges_what_nothing_verifies(made):
     with_product = f"4\nProduct: mug\n{EXAMPLES[3].reasons}"
     trainer = made(plain(srpo=SRPOConfig(weight=0.5)), batch=1, written=[[with_product] * 4], step_model=step_model)
     output = rollout(trainer, [3])
-    assert asked == [("black mug", "4\n", "Product: mug")] * 4
+    assert asked == [("black mug", "", "Product: mug")] * 4
     assert output["advantages"].isfinite().all()
     assert trainer._step_values()[:, 1].tolist() == pytest.approx([1, NAN, NAN, NAN], nan_ok=True)
 
@@ -582,9 +633,10 @@ def test_dyknow_answers_half_of_each_group_with_context(made):
 
 
 def test_dyknow_without_the_third_term_is_two_groups(made):
-    trainer = made(plain(num_generations=4, dyknow=DyKnowConfig(True, transfer=False)), batch=1, written=[[RIGHT, "1", "1", "1"]], examples=TOLD)  # fmt: skip
+    trainer = made(plain(num_generations=4, beta=0.1, dyknow=DyKnowConfig(True, transfer=False)), batch=1, written=[[RIGHT, "1", "1", "1"]], examples=TOLD)  # fmt: skip
     output = rollout(trainer, [3])
     assert "transfer" not in output
+    assert trainer.beta == 0.05
     s = math.sqrt(0.5) + 1e-4
     torch.testing.assert_close(output["advantages"], torch.tensor([0.5, -0.5, 0, 0]) / s)
     with pytest.raises(ValueError, match="no example has a chunk of context"):
@@ -637,12 +689,16 @@ def test_rows_of_a_group_must_be_in_one_process(made):
 
 
 TINY = ["rules=Judge.", "max_chars=60", "max_new_tokens=40", "save_steps=1", "dpo.prompts=8", "dpo.steps=2", "dpo.batch_size=2", "dpo.temperature=1.5",
-        "grpo.prompts=8", "grpo.steps=3", "grpo.batch_size=2", "grpo.learning_rate=1e-3", "grpo.temperature=1.5", "grpo.balance=false"]  # fmt: skip
+        "grpo.prompts=8", "grpo.steps=3", "grpo.batch_size=2", "grpo.learning_rate=1e-3", "grpo.temperature=1", "grpo.balance=false"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def taught(tiny_chat_llm, tmp_path_factory):
-    """A tiny model that writes the chains of EXAMPLES, not always the right one."""
+    """A tiny model that writes the chains of EXAMPLES, for each pair the right one about half of the time."""
+    wrong = [
+        dataclasses.replace(e, grade=o.grade, attribute=o.attribute, reasons=o.reasons)
+        for e, o in zip(EXAMPLES, EXAMPLES[1:] + EXAMPLES[:1])
+    ]
     words = [
         f"model={tiny_chat_llm}",
         "stages=[sft]",
@@ -651,9 +707,8 @@ def taught(tiny_chat_llm, tmp_path_factory):
         "sft.learning_rate=1e-2",
         *TINY,
     ]
-    return JudgeTrainer(
-        load_config(JudgeTrainConfig, None, words), tmp_path_factory.mktemp("taught") / "run", examples=EXAMPLES
-    ).run()
+    run_dir = tmp_path_factory.mktemp("taught") / "run"
+    return JudgeTrainer(load_config(JudgeTrainConfig, None, words), run_dir, examples=EXAMPLES + wrong).run()
 
 
 def end_of(folder):
@@ -661,23 +716,75 @@ def end_of(folder):
 
 
 @pytest.mark.parametrize("recipe", ["taosr1", "agrl", "she", "dyknow"])
-def test_recipes_run(taught, tmp_path, recipe):
+def test_recipes_run(taught, tmp_path, recipe, monkeypatch):
     (tmp_path / "chunks.csv").write_text("id,text\na,a black mug is excellent\nb,a red mug is not\n")
-    words = [f"model={taught}", "stages=[dpo,grpo]", *TINY, "grpo.num_generations=4", "grpo.patterns=1"]
+    words = [f"model={taught}", "stages=[dpo,grpo]", *TINY, "grpo.num_generations=8"]
     if recipe == "dyknow":
-        words += [f"contexts={tmp_path / 'chunks.csv'}", "grpo.pool=1", "grpo.top_k=0"]
+        words += [f"contexts={tmp_path / 'chunks.csv'}", "grpo.pool=1"]
     config = load_config(JudgeTrainConfig, recipe_file(recipe), words)
+    built, fit = {}, JudgeTrainer._fit
+
+    def keeping(self, stage, trainer, reads):
+        built[stage] = trainer
+        fit(self, stage, trainer, reads)
+
+    monkeypatch.setattr(JudgeTrainer, "_fit", keeping)
     JudgeTrainer(config, tmp_path / "run", examples=EXAMPLES).run()
+    trainer = built["grpo"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "grpo" / "log.jsonl").read_text().splitlines()]
     logged = set().union(*rows)
     assert ("replay/groups" in logged) == (recipe == "agrl")
     assert ("dyknow/transfer" in logged) == (recipe == "dyknow")
+    assert trainer._token_level == (recipe == "she")
+    assert (len(trainer.train_dataset) == 6) == (recipe == "she")  # a curriculum is as long as the training
+    plain = ("dapo", 0.02, 0)
+    assert (trainer.loss_type, trainer.beta, trainer.args.top_k) == (
+        ("grpo", 0.01, 100) if recipe == "dyknow" else plain
+    )
     before = load_file(tmp_path / "run" / "dpo" / "model" / "model.safetensors")
     assert any(not torch.equal(before[name], value) for name, value in end_of(tmp_path / "run").items())
 
 
+def test_the_pool_is_kept(taught, tmp_path):
+    words = [f"model={taught}", "stages=[grpo]", *TINY, "grpo.pool=.99"]
+    trainer = JudgeTrainer(load_config(JudgeTrainConfig, None, words), tmp_path / "run", examples=EXAMPLES)
+    model, reads = trainer._load(taught)
+    (tmp_path / "run" / "grpo").mkdir()
+    found = trainer._pooled("grpo", model, reads, EXAMPLES)
+    top = CausalJudge(taught).score([(e.query, e.item) for e in EXAMPLES]).probs.max(1)
+    assert found == [e for e, p in zip(EXAMPLES, top) if p < 0.99]
+    (tmp_path / "run" / "grpo" / "pool.json").write_text("[0, 5]")
+    assert trainer._pooled("grpo", model, reads, EXAMPLES) == [EXAMPLES[0], EXAMPLES[5]]
+    (tmp_path / "run" / "grpo" / "pool.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"grpo.pool=0.99: of all 8 prompts the judge is surer than that"):
+        trainer._pooled("grpo", model, reads, EXAMPLES)
+
+
+def test_what_the_last_stage_would_find_out_is_said_at_once(taught, tmp_path):
+    bare = [dataclasses.replace(e, reasons="") for e in EXAMPLES]
+    config = load_config(JudgeTrainConfig, recipe_file("agrl"), [f"model={taught}", *TINY])
+    with pytest.raises(ValueError, match="no example has reasons, and style=label has no steps.*give teacher.url="):
+        JudgeTrainer(config, tmp_path / "one", examples=bare).run()
+    config = load_config(JudgeTrainConfig, recipe_file("she"), [f"model={taught}", *TINY, f"grpo.srpo.model={taught}"])
+    with pytest.raises(ValueError, match="is no folder of a step model"):
+        JudgeTrainer(config, tmp_path / "two", examples=EXAMPLES).run()
+    assert not (tmp_path / "one" / "sft").exists()
+    assert not (tmp_path / "two" / "sft").exists()
+
+
+def test_context_is_read_in_half_of_the_warm_start(taught, tmp_path):
+    (tmp_path / "chunks.csv").write_text("id,text\na,a black mug is excellent\nb,red or blue or green mugs are not\n")
+    words = [f"model={taught}", f"contexts={tmp_path / 'chunks.csv'}", *TINY]
+    for context, share in (("false", 1.0), ("true", 0.5)):
+        config = load_config(JudgeTrainConfig, None, [*words, f"grpo.dyknow.context={context}"])
+        trainer = JudgeTrainer(config, tmp_path / context, examples=EXAMPLES)
+        assert np.mean([bool(e.context) for e in trainer.examples]) == share
+        assert all(e.context for e in trainer._fresh(8, 202))
+        assert Contexts.load(tmp_path / context / "contexts.parquet").chunks["a"].text == "a black mug is excellent"
+
+
 def test_the_step_models_recipe_runs_and_serves_srpo(taught, tiny_chat_llm, tmp_path):
-    small = ["sft.steps=30", "sft.batch_size=8", "sft.learning_rate=1e-2", *TINY[1:]]
+    small = ["sft.steps=60", "sft.batch_size=8", "sft.learning_rate=1e-2", *TINY[1:]]
     config = load_config(JudgeTrainConfig, recipe_file("step_model"), [f"model={tiny_chat_llm}", *small])
     folder = JudgeTrainer(config, tmp_path / "steps", examples=EXAMPLES).run()
     assert JudgePrompt.load(folder).scheme == STEP

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +68,7 @@ class Contexts:
         columns = {name: [getattr(chunk, name) for chunk in self.chunks.values()] for name in ("id", "text")}
         write_table(pa.table(columns), Path(file))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the chunks."""
         return fingerprint(*((chunk.id, chunk.text) for chunk in self.chunks.values()))
@@ -88,7 +89,7 @@ class ContextJudge:
 
     def __init__(self, judge: CausalJudge, contexts: Contexts) -> None:
         self.judge, self.contexts, self.scheme = judge, contexts, judge.scheme
-        self.name = f"{judge.name} with context"
+        self.name, self.score_fn = f"{judge.name} with context", judge.score_fn
 
     @property
     def fingerprint(self) -> str:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from taoemb.advantages import normalize
+
 GAIN, SLOPE, PRODUCT = 4.0, 4.0, 0.1
 """``beta = GAIN * sigmoid(SLOPE * gap)``, ``alpha = PRODUCT / beta`` [paper]."""
 POOL_LIMIT = 0.7
@@ -47,25 +49,23 @@ def posterior_scaling(gap: Tensor) -> tuple[Tensor, Tensor]:
     return PRODUCT / beta, beta
 
 
-def advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """``(r - mean) / (standard deviation + eps)`` along the last axis, rewards that are NaN left out and 0; the deviation has ``n - 1``, as TRL's."""
-    known = ~rewards.isnan()
-    count = known.sum(-1, keepdim=True)
-    mean = rewards.nan_to_num().sum(-1, keepdim=True) / count.clamp(min=1)
-    deviation = ((rewards - mean).nan_to_num().square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return ((rewards - mean) / (deviation + eps)).nan_to_num()
-
-
 def transfer(
-    without: Tensor, with_context: Tensor, right: Tensor, right_with: Tensor, scale: float | None = None
+    without: Tensor,
+    with_context: Tensor,
+    right: Tensor,
+    right_with: Tensor,
+    *,
+    scale: float | None = None,
+    clip: float = math.inf,
 ) -> Tensor:
     """What each answer without the context teaches the prompt with it, ``T(A) [groups, n]``.
 
-    ``A`` are the rewards ``without`` in deviations of both groups together, the advantages of one group of size 2n; ``T(A) = alpha A`` where
+    ``A`` are the rewards ``without`` in deviations of both groups together, the advantages of one group of size 2n, clamped to ±``clip``; ``T(A) = alpha A`` where
     ``A > 0``, else ``beta A``, by the share of right labels in ``right`` and ``right_with``, bool ``[groups, n]``: where the context helps,
     its prompt unlearns wrong answers from memory; where it harms, right ones are kept.
     """
-    union = advantages(torch.cat([without, with_context], dim=-1))[..., : without.shape[-1]]
+    both = torch.cat([without, with_context], dim=-1)
+    union = normalize(both, torch.ones_like(both))[..., : without.shape[-1]].clamp(-clip, clip)
     if scale is not None:
         return scale * union
     alpha, beta = posterior_scaling(right_with.float().mean(-1, keepdim=True) - right.float().mean(-1, keepdim=True))

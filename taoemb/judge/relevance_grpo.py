@@ -6,6 +6,7 @@ Shaped rewards and guided replay (`taoemb.judge.agrl`), stepwise advantages (`ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import Sampler
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
 
+from taoemb.advantages import normalize
 from taoemb.catalog import Item, Query
 from taoemb.files import read_json, write_json
 from taoemb.judge import dyknow
@@ -42,7 +44,8 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         arguments: TRL's settings, ``num_generations`` and ``per_device_train_batch_size`` among them: whole groups.
         style: of the completions.
         step_model: judges the steps that the examples' reasons do not verify, for ``config.srpo``.
-        posterior: draws the prompts of each step, in the place of TRL's order.
+        by_rule: whether the examples' reasons are written by rule, so that every line can be compared; else the verdicts alone are.
+        posterior: draws the prompts of each step, in the place of TRL's order; one process, one update per generation.
         peft_config: adapters.
 
     Raises ValueError for settings that do not go together.
@@ -50,7 +53,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def __init__(
         self, model: Any, reads: ModelPrompt, examples: Sequence[Example], config: GRPOConfig, arguments: TRLConfig, *,
-        style: Style = "post", step_model: StepModel | None = None,
+        style: Style = "post", step_model: StepModel | None = None, by_rule: bool = True,
         posterior: PosteriorSampler | None = None, peft_config: Any = None,
     ) -> None:  # fmt: skip
         from datasets import Dataset
@@ -59,7 +62,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if config.dyknow.context and not any(e.context for e in examples):
             raise ValueError("grpo.dyknow.context: no example has a chunk of context")
         self.reads, self.examples, self.settings, self.style = reads, list(examples), config, style
-        self.step_model, self.posterior = step_model, posterior
+        self.step_model, self.by_rule, self.posterior = step_model, by_rule, posterior
         self.scheme = reads.prompt.scheme
         self.labels = [int(label) for label in self.scheme.labels([e.grade for e in self.examples])]
         self.table = self.scheme.labels(load_ontology().grade_table)
@@ -71,6 +74,12 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             model, self.shaped_reward, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=reads.tokenizer,
             peft_config=peft_config,
         )  # fmt: skip
+        if config.dyknow.context:
+            self.beta = arguments.beta / 2  # the loss below is doubled
+        repeats = self.args.steps_per_generation * self.num_iterations
+        if posterior is not None and (repeats > 1 or self.accelerator.num_processes > 1):
+            raise ValueError(f"grpo.order=posterior: {self.accelerator.num_processes} processes, {repeats} updates per generation; it knows what was "
+                             "right with one of each")  # fmt: skip
 
     # -- rollouts ---------------------------------------------------------------------------------------------------------
 
@@ -94,18 +103,23 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         made: dict[str, Any] = super()._generate_and_score_completions(inputs)
         outcome = made["advantages"]
         if self.posterior is not None:
-            right = self._right()
-            self.posterior.update([(self._chosen[first], sum(right[first : first + size]), size)
-                                   for first in range(0, len(right), size)])  # fmt: skip
+            right, own = np.array(self._right()), ~self._replayed  # what a hint brought about is not its own
+            self.posterior.update([
+                (self._chosen[first], int((right & own)[first : first + size].sum()), int(own[first : first + size].sum()))
+                for first in range(0, len(right), size)
+            ])  # fmt: skip
         if self.settings.dyknow.context:
             outcome = self._add_transfer(made, outcome, ~with_context)
         if self.settings.advantage_clip:
             outcome = outcome.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
+        found = self._by_token(made, outcome) if self._token_level else outcome
         if self._replayed.any():
+            # The whole group: its own rows have an advantage only because the replayed one raised the mean.
             left = 1 - self.state.global_step / max(1, self.state.max_steps)
-            weight = torch.where(torch.tensor(self._replayed), self.settings.replay.weight * left, 1.0)
-            outcome = outcome * weight.to(outcome)
-        made["advantages"] = self._by_token(made, outcome) if self._token_level else outcome
+            helped = torch.tensor(self._replayed).view(-1, size).any(1).repeat_interleave(size)
+            weight = torch.where(helped, self.settings.replay.weight * left, 1.0).to(found)
+            found = found * (weight if found.dim() == 1 else weight[:, None])
+        made["advantages"] = found
         if self.answers:
             made["answer"] = torch.tensor([self.answers[self.labels[n]] for n in self._chosen], device=outcome.device)
         return made
@@ -146,18 +160,27 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return (made[0], completion_ids, made[2], completions, *made[4:])
 
     def _hinted(self, stuck: dict[int, list[int]], level: int) -> list[tuple[int, tuple[list[int], str]]]:
-        """(first row of a group, completion) of right completions written with a hint, at most as many as are to be replaced."""
-        if not stuck:
+        """(first row of a group, completion) of right completions with a reward written with a hint, at most as many as are to be replaced."""
+
+        def said(first: int, level: int) -> str:
+            return hint(self.examples[self._chosen[first]], level, self.style, self.scheme) if level else ""
+
+        groups = [first for first, rows in stuck.items() if said(first, level) != said(first, level - 1) for _ in rows]
+        if not groups:
             return []
-        groups = [first for first, rows in stuck.items() for _ in rows]
         examples = [self.examples[self._chosen[first]] for first in groups]
-        prompts = [self.reads.render(e.query, e.item, hint(e, level, self.style, self.scheme)) for e in examples]
+        prompts = [
+            self.reads.render(e.query, e.item, said(first, level)) for first, e in zip(groups, examples, strict=True)
+        ]
         written, _ = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, 1)
         texts = self.processing_class.batch_decode(written, skip_special_tokens=True)
+        numbers = [self._chosen[first] for first in groups]
         return [
             (first, (list(ids), text))
-            for first, ids, text in zip(groups, written, texts, strict=True)
-            if parse_label(text, self.style, self.scheme) == self.labels[self._chosen[first]]
+            for first, number, ids, text, reward in zip(
+                groups, numbers, written, texts, self.shaped_reward(texts, numbers), strict=True
+            )
+            if reward > 0 and parse_label(text, self.style, self.scheme) == self.labels[number]
         ]
 
     # -- which prompts ----------------------------------------------------------------------------------------------------
@@ -166,10 +189,12 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return super()._get_train_sampler(dataset) if self.posterior is None else _Drawn(self)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.posterior is not None and self.args.should_save:
+        if (
+            self.posterior is not None and self.args.should_save
+        ):  # first: what comes last says that a checkpoint is whole
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             write_json(folder / _HISTORY, {"history": self.posterior.history})
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -229,7 +254,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _step_values(self) -> np.ndarray:
         """``[B, steps]``, NaN where nothing is known."""
         values = np.stack([
-            verified(text, self.examples[n].completion(self.style, self.scheme), self.style)
+            verified(text, self.examples[n].completion(self.style, self.scheme), self.style, verdicts_only=not self.by_rule)
             for text, n in zip(self._texts, self._chosen, strict=True)
         ])  # fmt: skip
         return values if self.step_model is None else self._judged(values)
@@ -238,12 +263,16 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """The step model's word on steps that are written and that nothing verified."""
         asked, pairs, before, lines = [], [], [], []
         for row, (text, n) in enumerate(zip(self._texts, self._chosen, strict=True)):
+            read: list[str] = []
             for step, begin, end in segment(text, self.style):
-                if step > 0 and np.isnan(values[row, step]):
+                if step == 0:
+                    continue
+                if np.isnan(values[row, step]):
                     asked.append((row, step))
                     pairs.append((self.examples[n].query, self.examples[n].item))
-                    before.append(text[:begin])
+                    before.append("\n".join(read))
                     lines.append(text[begin:end])
+                read.append(text[begin:end])
         if asked and self.step_model is not None:
             said = self.step_model(pairs, before, lines)
             for (row, step), value in zip(asked, said, strict=True):
@@ -256,14 +285,14 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         rewards = self._rewards.view(-1, size).to(outcome)
         chosen = self._chosen[::size]
         right = torch.tensor(self._right()).view(-1, size).to(outcome.device)
-        apart = torch.cat([dyknow.advantages(rewards[:, :half]), dyknow.advantages(rewards[:, half:])], dim=1).flatten()
+        groups = rewards.view(-1, half)
+        apart = normalize(groups, torch.ones_like(groups)).flatten()
         if not self.settings.dyknow.transfer:
             return apart
-        moved = dyknow.transfer(
-            rewards[:, :half], rewards[:, half:], right[:, :half], right[:, half:], self.settings.dyknow.scale
-        )
-        clip = self.settings.advantage_clip or float("inf")
-        made["transfer"] = torch.cat([moved.clamp(-clip, clip), torch.zeros_like(moved)], dim=1).flatten()
+        given = self.settings
+        moved = dyknow.transfer(rewards[:, :half], rewards[:, half:], right[:, :half], right[:, half:],
+                                scale=given.dyknow.scale, clip=given.advantage_clip or math.inf)  # fmt: skip
+        made["transfer"] = torch.cat([moved, torch.zeros_like(moved)], dim=1).flatten()
         made["without_context"] = torch.tensor(without, device=outcome.device)
         prompt_ids = self._tokenize_prompts([self._prompt(n, True) for n in chosen])[0]
         longest = max(map(len, prompt_ids))
@@ -297,7 +326,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             ).logits[:, -1]
             chance = torch.softmax(logits.float() / self.temperature, -1).gather(1, inputs["answer"][:, None])[:, 0]
             self._metrics["train"]["label/expected"].append(chance.mean().item())
-            loss = loss - chance.mean() / scale
+            loss = loss - self.settings.shaping.label * chance.mean() / scale
         if "transfer" in inputs:
             rows = inputs["without_context"]
             objective = loss.new_zeros(())
@@ -309,9 +338,9 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 # Half of all rows have no context: a sum over these and half a batch is a mean, also where shuffling cut them unevenly.
                 objective = dyknow.transfer_objective(logps, mask, inputs["transfer"][rows]).sum() / (len(rows) / 2)
             self._metrics["train"]["dyknow/transfer"].append(objective.item())
-            # TRL's mean over both groups is half of the two terms; the KL, which is one of them, is halved in the arguments.
-            loss = 2 * loss - objective / scale
-        return loss
+            loss = loss - objective / (2 * scale)
+        # TRL's mean over both groups is half of their two terms.
+        return 2 * loss if self.settings.dyknow.context else loss
 
 
 class _Drawn(Sampler[int]):

@@ -39,22 +39,24 @@ class Sampled:
 
 def sample_completions(
     model: Any, reads: ModelPrompt, examples: Sequence[Example], n: int, file: Path, *, style: Style, temperature: float = 1.0,
-    max_new_tokens: int = 128, seed: int = 0, progress: str = "",
+    max_new_tokens: int = 128, top_k: int = 0, seed: int = 0, progress: str = "",
 ) -> Sampled:  # fmt: skip
-    """``n`` completions of each example, drawn at ``temperature`` (0: the most probable one, greedily), kept in ``file``: a call after a
+    """``n`` completions of each example, drawn at ``temperature`` (0: the most probable one, greedily) from the ``top_k`` most probable tokens (0: from all), kept in ``file``: a call after a
     kill goes on behind the last batch, and draws what the uninterrupted one would have drawn.
 
     Raises ValueError when ``file`` holds samples of other examples, of another model or by other settings.
     """
     model_digest = weights_digest(model).hexdigest()
-    digest = fingerprint(*examples, model_digest, reads.prompt, n, style, temperature, max_new_tokens, seed)
+    digest = fingerprint(
+        *examples, model_digest, reads.prompt, n, style, temperature, max_new_tokens, *([top_k] if top_k else []), seed
+    )
     texts = _read(file, digest, len(examples))
     tokenizer, scheme = reads.tokenizer, reads.prompt.scheme
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     drawn: dict[str, Any] = {
         "do_sample": True,
         "temperature": temperature,
-        "top_k": 0,
+        "top_k": top_k,
         "top_p": 1.0,
         "num_return_sequences": n,
     }
@@ -113,19 +115,15 @@ def preference_pairs(
 
 
 def difficult(
-    correct: np.ndarray,
-    labels: Sequence[int],
-    limit: float = 1.0,
-    balance: bool = True,
-    seed: int = 0,
-    *,
-    hardest: float = 0.0,
-) -> list[int]:
+    correct: np.ndarray, labels: Sequence[int], limit: float = 1.0, balance: bool = True, seed: int = 0, *, hardest: float = 0.0,
+    keep: np.ndarray | None = None,
+) -> list[int]:  # fmt: skip
     """Positions of the examples with ``hardest * n < #correct < limit * n``: groups with equal rewards teach nothing (TaoSR1: the
-    best limit drops the all-right and all-wrong alone). With ``balance`` every label that is left has as many as the rarest (TaoSR1:
-    a coefficient of variation of 0), drawn at random. In rising order."""
+    best limit drops the all-right and all-wrong alone), and of these those of ``keep``, bool ``[N]``, where it is given. With ``balance``
+    every label that is left has as many as the rarest (TaoSR1: a coefficient of variation of 0), drawn at random. In rising order."""
     right, n = correct.sum(1), correct.shape[1]
     kept = np.flatnonzero((right > hardest * n + 1e-9) & (right < limit * n - 1e-9))  # .28 * 25 is above 7
+    kept = kept if keep is None else kept[keep[kept]]
     if balance and len(kept):
         of_label = np.asarray(labels)[kept]
         count = min((of_label == label).sum() for label in np.unique(of_label))
@@ -145,16 +143,25 @@ def patterns(sampled: Sampled, style: Style, scheme: LabelScheme) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def curriculum(kept: Sequence[int], correct: np.ndarray, labels: Sequence[int], seed: int = 0) -> list[int]:
-    """The positions ``kept``, those mostly right first: from a share of .75 on, from .25 on, the rest (ours, after TaoSR-SHE). Inside a
-    bucket labels take turns, in random order, so that each part of it is as balanced as it can be."""
+def curriculum(kept: Sequence[int], correct: np.ndarray, labels: Sequence[int], total: int, seed: int = 0) -> list[int]:
+    """``total`` of the positions ``kept``, in the order of training: those mostly right first, from a share of .75 on, then from .25 on, then the
+    rest (ours, after TaoSR-SHE). A bucket has its share of ``total``, its prompts again and again or some of them; inside it labels take
+    turns, in random order."""
     rng, share = np.random.default_rng([seed, 10]), correct.mean(1)
     order: list[int] = []
+    done = 0
     for low, high in ((0.75, np.inf), (0.25, 0.75), (-np.inf, 0.25)):
-        bucket = rng.permutation([n for n in kept if low <= share[n] < high]).astype(np.int64).tolist()
-        seen: dict[int, int] = {}
-        turns = {n: (seen.setdefault(labels[n], 0), seen.update({labels[n]: seen[labels[n]] + 1}))[0] for n in bucket}
-        order += sorted(bucket, key=turns.__getitem__)
+        bucket = [n for n in kept if low <= share[n] < high]
+        done += len(bucket)
+        wanted = round(total * done / len(kept)) - len(order)
+        turns: list[int] = []
+        while bucket and len(turns) < wanted:
+            queues: dict[int, list[int]] = {}
+            for n in rng.permutation(bucket).tolist():
+                queues.setdefault(labels[n], []).append(n)
+            for place in range(max(map(len, queues.values()))):
+                turns += [queue[place] for queue in queues.values() if place < len(queue)]
+        order += turns[:wanted]
     return order
 
 

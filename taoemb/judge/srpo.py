@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from taoemb.advantages import normalize
 from taoemb.catalog import Item, Query
 from taoemb.judge.examples import GRADE_LINE, LINES, Style
 
@@ -26,7 +27,7 @@ STEPS = (GRADE_LINE, *LINES)
 CRITICAL = (0, *(n for n, name in enumerate(STEPS) if name in ("Category:", "Attributes:")))
 """The steps that the label follows from, and the label."""
 StepModel = Callable[[Sequence[tuple[Query, Item]], Sequence[str], Sequence[str]], Sequence[float | None]]
-"""Pairs, the chains up to a step, and the step -> how likely each step is right, 0 to 1; None abstains."""
+"""Pairs, the lines of the reasons before a step, and the step -> how likely each step is right, 0 to 1; None abstains."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,26 @@ def token_steps(
         inside = [step for step, first, last in spans if first < end and last > begin]
         if inside and end > begin:
             steps[n] = inside[-1]
+        elif n and begin == end < ends[-1]:  # bytes of a character that is not whole yet
+            steps[n] = steps[n - 1]
         begin = end
     return steps
 
 
-def verified(text: str, reference: str, style: Style = "post") -> npt.NDArray[np.float64]:
+def verified(
+    text: str, reference: str, style: Style = "post", *, verdicts_only: bool = False
+) -> npt.NDArray[np.float64]:
     """The offline verifier: of each of `STEPS` 1 where a chain's line says what the line of the correct chain says, 0 where it says
-    something else, NaN where either lacks it. Capitals and spaces do not count."""
+    something else, NaN where either lacks it. Capitals and spaces do not count. ``verdicts_only``: of the label and the two verdicts, for
+    reasons in free words."""
     said, right = (
-        {step: " ".join(chain[a:b].lower().split()) for step, a, b in segment(chain, style)}
+        {step: "".join(chain[a:b].lower().split()) for step, a, b in segment(chain, style)}
         for chain in (text, reference)
     )
-    return np.array(
-        [float(said[step] == right[step]) if step in said and step in right else np.nan for step in range(len(STEPS))]
-    )
+    known = [step for step in (CRITICAL if verdicts_only else range(len(STEPS))) if step in said and step in right]
+    values = np.full(len(STEPS), np.nan)
+    values[known] = [float(said[step] == right[step]) for step in known]
+    return values
 
 
 def step_advantages(
@@ -109,16 +116,8 @@ def step_advantages(
     """
     if len(outcome_B) % group:
         raise ValueError(f"{len(outcome_B)} completions in groups of {group}: give whole groups")
-    values = values_BS.view(-1, group, values_BS.shape[1])
-    known = ~values.isnan()
-    count = known.sum(1, keepdim=True).clamp(min=1)
-    mean = values.nan_to_num().sum(1, keepdim=True) / count
-    deviation = ((values - mean).nan_to_num().square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    z = (
-        torch.where(deviation > 0, (values - mean) / deviation, torch.zeros_like(values))
-        .clamp(-clip, clip)
-        .view_as(values_BS)
-    )
+    values = values_BS.view(-1, group, values_BS.shape[1]).transpose(1, 2)
+    z = normalize(values, torch.ones_like(values)).clamp(-clip, clip).transpose(1, 2).reshape(values_BS.shape)
     mixed = (1 - config.weight) * outcome_B[:, None] + config.weight * z
     mixed = torch.where(values_BS.isnan(), outcome_B[:, None], mixed)
     mixed[:, 0] = outcome_B

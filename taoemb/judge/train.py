@@ -53,6 +53,9 @@ from taoemb.shop import Shop
 TRL = ("1.16", "1.17")
 """The versions of TRL whose interfaces this module knows, from and below."""
 
+CONTEXTS_FILE = "contexts.parquet"
+"""Chunks of context that a run has read, in its folder."""
+
 
 class JudgeTrainer:
     """One run folder. ``run()`` trains the stages that are missing and returns the folder of the last one's model, which
@@ -122,6 +125,7 @@ class JudgeTrainer:
 
     def run(self) -> Path:
         """Train what is missing."""
+        self._check_grpo()
         start: str | Path = self.config.model
         for stage in self.config.stages:
             folder = self.run_dir / stage
@@ -137,13 +141,36 @@ class JudgeTrainer:
             start = folder / "model"
         return Path(start)
 
+    def _check_grpo(self) -> None:
+        """What the last stage would find out after hours."""
+        if "grpo" not in self.config.stages:
+            return
+        if self._style != self.config.style:
+            try:
+                self.config.grpo.check_style(self._style)
+            except ValueError as error:
+                raise ValueError(
+                    f"no example has reasons, and {error}: give teacher.url=, or other settings of grpo"
+                ) from None
+        steps = self.config.grpo.srpo.model
+        if steps and getattr(JudgePrompt.load(steps), "scheme", None) != STEP:
+            raise ValueError(
+                f"grpo.srpo.model={steps!r} is no folder of a step model; train one with --recipe step_model"
+            )
+
     @cached_property
     def examples(self) -> list[Example]:
         """Of ``sft``."""
         if self._pool is not None:
-            return self._pool
+            return self._half(self._pool)
         drawn = shop_examples(self._shop, self.config.examples, self.config.seed, balance=self.config.balance)
-        return self._with_contexts(drawn)
+        return self._half(self._with_contexts(drawn))
+
+    def _half(self, examples: list[Example]) -> list[Example]:
+        """Before groups with and without context, every second example is read without, so that the judge knows both prompts."""
+        if not self.config.grpo.dyknow.context:
+            return examples
+        return [replace(e, context="") if n % 2 else e for n, e in enumerate(examples)]
 
     @cached_property
     def _pool(self) -> list[Example] | None:
@@ -208,7 +235,7 @@ class JudgeTrainer:
     @cached_property
     def _contexts(self) -> Contexts:
         """Also written to the run folder, for ``judge.contexts``."""
-        found, file = Contexts.load(self.config.contexts, self.config.data), self.run_dir / "contexts.parquet"
+        found, file = Contexts.load(self.config.contexts, self.config.data), self.run_dir / CONTEXTS_FILE
         if not file.exists():
             found.save(file)
         return found
@@ -240,7 +267,7 @@ class JudgeTrainer:
 
         model, reads = self._load(start)
         settings = self.config.dpo
-        examples = self._fresh(settings.prompts, 101)
+        examples = self._half(self._fresh(settings.prompts, 101))
         labels = self.labels(examples)
         sampled = self._sample(stage, model, reads, examples, settings.samples, settings.temperature)
         self._note(stage, sampled, labels)
@@ -294,56 +321,81 @@ class JudgeTrainer:
 
         model, reads = self._load(start)
         settings = self.config.grpo
-        examples = self._fresh(settings.prompts, 202)
-        if settings.pool < 1:
-            judge = CausalJudge(model, tokenizer=reads.tokenizer, prompt=reads.prompt)
-            probs = judge.score([(e.query, e.item) for e in examples]).probs
-            examples = [examples[n] for n in uncertain(probs, settings.pool)]
-            if not examples:
-                raise ValueError(
-                    f"grpo.pool={settings.pool}: the judge is surer than that of all {settings.prompts} prompts; raise it"
-                )
+        examples = self._pooled(stage, model, reads, self._fresh(settings.prompts, 202))
         labels = self.labels(examples)
         asked = [replace(e, context="") for e in examples] if settings.dyknow.context else examples
-        sampled = self._sample(stage, model, reads, asked, settings.num_generations, settings.temperature)
+        sampled = self._sample(
+            stage, model, reads, asked, settings.num_generations, settings.temperature, settings.top_k
+        )
         self._note(stage, sampled, labels)
         correct = sampled.correct(labels)
+        differing = patterns(sampled, self._style, self.scheme) >= settings.patterns if settings.patterns > 1 else None
         kept = difficult(
-            correct, labels, settings.difficulty, settings.balance, self.config.seed, hardest=settings.hardest
+            correct,
+            labels,
+            settings.difficulty,
+            settings.balance,
+            self.config.seed,
+            hardest=settings.hardest,
+            keep=differing,
         )
-        if settings.patterns > 1:
-            found = patterns(sampled, self._style, self.scheme)
-            kept = [n for n in kept if found[n] >= settings.patterns]
-        if not kept:
-            raise ValueError(f"grpo: of {len(examples)} prompts none has right and wrong completions of every label; raise grpo.prompts or "
-                             "grpo.temperature, set grpo.balance=false, or leave the stage out with "
-                             f"stages=[...]: the same folder goes on")  # fmt: skip
         if len(kept) < settings.batch_size:  # TRL drops the last part of a batch, and would train nothing
-            raise ValueError(f"grpo: {len(kept)} of {len(examples)} prompts are neither too easy nor too hard, fewer than "
-                             f"grpo.batch_size={settings.batch_size}; raise grpo.prompts or lower grpo.batch_size")  # fmt: skip
-        if settings.order == "curriculum":
-            kept = curriculum(kept, correct, labels, self.config.seed)
-        posterior = None
-        if settings.order == "posterior":
-            seen = correct[kept].sum(1), np.full(len(kept), correct.shape[1])
-            posterior = PosteriorSampler(seen, settings.batch_size, self.config.seed)
+            mixed = (correct.any(1) & ~correct.all(1)).sum()
+            also = (
+                ""
+                if differing is None
+                else f", {differing.sum()} have grpo.patterns={settings.patterns} of completions"
+            )
+            raise ValueError(
+                f"grpo: of {len(examples)} prompts {mixed} have right and wrong completions{also}; {len(kept)} are left, fewer than "
+                f"grpo.batch_size={settings.batch_size}; raise grpo.prompts or lower grpo.batch_size, raise grpo.temperature, set grpo.balance=false, "
+                f"loosen grpo.hardest, grpo.difficulty or grpo.patterns, or leave the stage out with stages=[...]: the same folder goes on"
+            )
         self.say(
             f"{stage}: {len(kept)} of {len(examples)} prompts, {settings.steps} steps of {settings.batch_size} groups"
         )
+        posterior = None
+        if settings.order == "curriculum":
+            kept = curriculum(kept, correct, labels, settings.steps * settings.batch_size, self.config.seed)
+        elif settings.order == "posterior":
+            seen = correct[kept].sum(1), np.full(len(kept), correct.shape[1])
+            posterior = PosteriorSampler(seen, settings.batch_size, self.config.seed)
         base = self._arguments(stage, settings) | {
             "per_device_train_batch_size": settings.batch_size * settings.num_generations
         }
-        halved = settings.dyknow.context and settings.dyknow.transfer
         arguments = trl.GRPOConfig(
             **base, num_generations=settings.num_generations, max_completion_length=self.config.max_new_tokens,
-            temperature=settings.temperature, beta=settings.beta / 2 if halved else settings.beta, top_k=settings.top_k,
-            shuffle_dataset=settings.order == "random",
+            temperature=settings.temperature, beta=settings.beta, top_k=settings.top_k, shuffle_dataset=settings.order == "random",
+            # DyKnow's terms are means over completions, which TRL calls grpo.
+            loss_type="grpo" if settings.dyknow.context else "dapo",
         )  # fmt: skip
+        step_model = self._step_model
+        if step_model is None and settings.srpo.model:
+            step_model = StepJudge(CausalJudge(settings.srpo.model))
         trainer = RelevanceGRPOTrainer(
-            model, reads, [examples[n] for n in kept], settings, arguments, style=self._style,
-            step_model=self._step_model or (StepJudge(CausalJudge(settings.srpo.model)) if settings.srpo.model else None), posterior=posterior, peft_config=self._lora(),
+            model, reads, [examples[n] for n in kept], settings, arguments, style=self._style, step_model=step_model,
+            by_rule=self._pool is None, posterior=posterior, peft_config=self._lora(),
         )  # fmt: skip
         self._fit(stage, trainer, reads)
+
+    def _pooled(self, stage: str, model: Any, reads: ModelPrompt, examples: list[Example]) -> list[Example]:
+        """Those that the judge is not sure of; which, is kept: a killed run may go on elsewhere, where the last bits differ."""
+        settings, file = self.config.grpo, self.run_dir / stage / "pool.json"
+        if settings.pool == 1:
+            return examples
+        if not file.exists():
+            judge = CausalJudge(model, tokenizer=reads.tokenizer, prompt=reads.prompt)
+            contexts = ["" if settings.dyknow.context else e.context for e in examples]
+            write_json(
+                file,
+                sorted(uncertain(judge.score([(e.query, e.item) for e in examples], contexts).probs, settings.pool)),
+            )
+        found = [examples[n] for n in read_json(file)]
+        if not found:
+            raise ValueError(
+                f"grpo.pool={settings.pool}: of all {len(examples)} prompts the judge is surer than that; raise it"
+            )
+        return found
 
     # -- what the stages share --------------------------------------------------------------------------------------------
 
@@ -365,11 +417,12 @@ class JudgeTrainer:
         return example.completion(self._style, self.scheme)
 
     def _sample(
-        self, stage: str, model: Any, reads: ModelPrompt, examples: Sequence[Example], n: int, temperature: float
-    ) -> Sampled:
+        self, stage: str, model: Any, reads: ModelPrompt, examples: Sequence[Example], n: int, temperature: float,
+        top_k: int = 0,
+    ) -> Sampled:  # fmt: skip
         return sample_completions(
             model, reads, examples, n, self.run_dir / stage / "samples.jsonl", style=self._style, temperature=temperature,
-            max_new_tokens=self.config.max_new_tokens, seed=self.config.seed, progress=f"{stage}: sampling",
+            max_new_tokens=self.config.max_new_tokens, top_k=top_k, seed=self.config.seed, progress=f"{stage}: sampling",
         )  # fmt: skip
 
     def _note(self, stage: str, sampled: Sampled, labels: Sequence[int]) -> None:

@@ -181,9 +181,10 @@ class JudgeTrainConfig:
             raise ValueError(f"stages={list(self.stages)}: give some of {', '.join(get_args(Stage))}, each once")
         if self.style not in get_args(Style):
             raise ValueError(f"style={self.style!r}: give one of {', '.join(get_args(Style))}")
-        if self.scheme == STEP.name and (self.style != "label" or self.contexts):
+        if self.scheme == STEP.name and (self.style != "label" or self.contexts or self.teacher.url):
             raise ValueError(
-                "scheme=step: the context is the chain, and its last line is right or wrong; set style=label and no contexts"
+                "scheme=step: the context is a chain of reasons that the examples have, and its last line is right or wrong; set "
+                "style=label, and neither contexts nor teacher.url"
             )
         for name in ("sft", "dpo", "grpo"):
             words = ("steps", "batch_size", "learning_rate", *(() if name == "sft" else ("prompts", "temperature")))
