@@ -186,6 +186,8 @@ def test_preferences_by_hand():
     truth = [2, 2, 2, 2, 2, 2]
     teacher = {"1": "3 by the teacher", "2": "never asked for", "3": "3 too"}
     pairs = preference_pairs(some(6), found, truth, lambda e: teacher.get(e.query.id))
+    assert [rejected for _, _, rejected in pairs] == ["1", "1", "1", "?"]  # the first that states a label
+    pairs = preference_pairs(some(6), found, truth, lambda e: teacher.get(e.query.id), overrated=True)
     assert pairs == [
         (0, "3", "4"),  # its own right one against the over-rating
         (1, "3 by the teacher", "4"),  # never right

@@ -97,20 +97,23 @@ def sample_completions(
 
 
 def preference_pairs(
-    examples: Sequence[Example], sampled: Sampled, labels: Sequence[int], teacher: Callable[[Example], str | None]
-) -> list[tuple[int, str, str]]:
+    examples: Sequence[Example], sampled: Sampled, labels: Sequence[int], teacher: Callable[[Example], str | None], *,
+    overrated: bool = False,
+) -> list[tuple[int, str, str]]:  # fmt: skip
     """(example, chosen, rejected): chosen is a right sample of its own where it has one (self-correction), else the teacher's completion
     (oracle guidance), rejected a wrong one of its own; an example without a wrong sample, or with no right one and no teacher,
-    gives none. Of wrong samples the one that rates highest above the truth is rejected (LREF), of right ones the first
-    whose reasons can be read is chosen, else the first (our choice)."""
+    gives none. Of right samples the first whose reasons can be read is chosen, else the first; of wrong ones the first that states a label is
+    rejected, else the first (our choice). ``overrated``: where some rate higher than the truth, the one that rates highest (LREF)."""
     pairs = []
     for i, (example, texts, label) in enumerate(zip(examples, sampled.texts, labels, strict=True)):
         stated, whole = sampled.labels[i].tolist(), sampled.whole[i].tolist()
         right = [(not read, n) for n, (said, read) in enumerate(zip(stated, whole, strict=True)) if said == label]
-        wrong = [(said, text) for text, said in zip(texts, stated, strict=True) if said != label]
+        wrong = [
+            (-max(said - label, 0) if overrated else 0, said < 0, n) for n, said in enumerate(stated) if said != label
+        ]
         chosen = texts[min(right)[1]] if right else teacher(example)
         if wrong and chosen is not None:
-            pairs.append((i, chosen, max(wrong)[1]))
+            pairs.append((i, chosen, texts[min(wrong)[2]]))
     return pairs
 
 

@@ -286,7 +286,7 @@ class JudgeTrainer:
             few = min(sum(row["label"] for row in rows), sum(not row["label"] for row in rows))
         else:
             teacher = self._teacher or (lambda e: self._completion(e) if e.reasons or self._style == "label" else None)
-            pairs = preference_pairs(examples, sampled, labels, teacher)
+            pairs = preference_pairs(examples, sampled, labels, teacher, overrated=settings.overrated)
             rows = [
                 {
                     "prompt": reads.render(examples[i].query, examples[i].item, examples[i].context),

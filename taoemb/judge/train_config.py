@@ -55,6 +55,9 @@ class PreferenceConfig:
     """Peak learning rate [ours]."""
     beta: float = 0.1
     """Of DPO and KTO [ours]."""
+    overrated: bool = False
+    """Whether DPO rejects ratings above the truth before others (LREF). On the generated shop, with as many of each grade, that drives a small judge
+    to the lowest label (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True)
