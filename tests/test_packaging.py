@@ -69,11 +69,11 @@ def test_the_wheel_holds_the_package_and_no_top_level_index(wheel: Path) -> None
     assert {name.split("/")[0] for name in found if ".dist-info/" not in name} == {"taoemb"}
     modules = {f"taoemb/{path.relative_to(ROOT / 'taoemb').as_posix()}" for path in (ROOT / "taoemb").rglob("*.py")}
     modules |= {f"taoemb/index/{path.name}" for path in (ROOT / "index").glob("*.py")}
-    shop = {f"taoemb/shop/{path.name}" for path in (ROOT / "taoemb" / "shop").glob("*.yaml")}
+    data = {f"taoemb/{path.relative_to(ROOT / 'taoemb').as_posix()}" for path in (ROOT / "taoemb").rglob("*.yaml")}
     assert "taoemb/index/exact.py" in modules
     assert "taoemb/judge/__init__.py" in modules
-    assert shop
-    assert {name for name in found if ".dist-info/" not in name} == modules | shop | {"taoemb/py.typed"}
+    assert {"taoemb/shop/rules.yaml", "taoemb/judge/recipes/agrl.yaml"} <= data
+    assert {name for name in found if ".dist-info/" not in name} == modules | data | {"taoemb/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)
 
 
