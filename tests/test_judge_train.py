@@ -316,7 +316,7 @@ def test_a_teacher_writes_the_completions_that_are_preferred(tiny_chat_llm, tmp_
     dataset, tokenizer = seen.trainers["dpo"].train_dataset, AutoTokenizer.from_pretrained(tiny_chat_llm)
     taught = [row for row in dataset if "as taught" in tokenizer.decode(row["chosen_ids"])]
     assert len(taught) == sum(example.grade < 2 for example in asked) > 0
-    monkeypatch.setattr(train_module, "preference_pairs", lambda *_: [])
+    monkeypatch.setattr(train_module, "preference_pairs", lambda *_, **more: [])
     nothing = JudgeTrainer(config, tmp_path / "other", examples=PAIRS)
     with pytest.raises(ValueError, match="dpo: of 24 prompts none has a right and a wrong completion"):
         nothing.run()
