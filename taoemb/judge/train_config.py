@@ -56,8 +56,8 @@ class PreferenceConfig:
     beta: float = 0.1
     """Of DPO and KTO [ours]."""
     overrated: bool = False
-    """Whether DPO rejects ratings above the truth before others (LREF). On the generated shop, with as many of each grade, that drives a small judge
-    to the lowest label (benchmarks/LOG.md)."""
+    """Whether DPO rejects ratings above the truth before others (LREF). With as many prompts of each grade that pushed a small judge to low
+    labels (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True)
