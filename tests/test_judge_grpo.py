@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from taoemb.catalog import Catalog, Item, Query
 from taoemb.config import load_config
-from taoemb.judge.agrl import HINT_LEVELS, ReplayConfig, ShapingConfig, hint, shaped_rewards
+from taoemb.judge.agrl import HINT_LEVELS, Lattice, ReplayConfig, ShapingConfig, hint, shaped_rewards
 from taoemb.judge.build import JudgeBuilder, JudgeConfig
 from taoemb.judge.causal import CausalJudge
 from taoemb.judge.chains import ParsedChain
@@ -53,9 +53,45 @@ def test_truth_table_of_the_gate():
         assert shaped_rewards([ParsedChain(1, 2, 2, True)], [2], [(None, None)], RULES, config) == pytest.approx([1.1])
 
 
+def test_a_lattice_of_ones_own(tmp_path):
+    """As text, with what it must say; by default the shop's."""
+    assert Lattice.load().table.tolist() == RULES
+    file = tmp_path / "rules.yaml"
+    said = "grades:\n  exact: {match: 3, partial: 3, violated: 0}\n  related: {match: 1, partial: 1, violated: 0}\n"
+    file.write_text(said + "  mismatch: {match: 0, partial: 0, violated: 0}\n")
+    assert Lattice.load(file).table.tolist() == [[0, 0, 0], [0, 1, 1], [0, 3, 3]]
+    file.write_text(said)
+    with pytest.raises(ValueError, match="grades: exact, related given; give each of mismatch, related, exact"):
+        Lattice.load(file)
+    file.write_text(said + "  mismatch: {match: 0, partial: 0}\n")
+    with pytest.raises(
+        ValueError, match=r"grades.mismatch: match, partial given; give each of violated, partial, match"
+    ):
+        Lattice.load(file)
+    file.write_text(said + "  mismatch: {match: 0, partial: 0, violated: 4}\n")
+    with pytest.raises(ValueError, match="grades.mismatch.violated=4: give 0 to 3"):
+        Lattice.load(file)
+    file.write_text(said + "  mismatch: {match: 0, partial: 0, violated: none}\n")
+    with pytest.raises(ValueError, match="violated"):
+        Lattice.load(file)
+    with pytest.raises(FileNotFoundError):
+        JudgeTrainer(JudgeTrainConfig(model="m", data="d", lattice=str(tmp_path / "no.yaml")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_default_reward_is_taosr1s():
     chains = [ParsedChain(2, 0, 3, True), ParsedChain(2, 2, 2, True), ParsedChain(2, 2, 3, False)]
     assert shaped_rewards(chains, [3, 3, 3], [(2, 2)] * 3, RULES, ShapingConfig()).tolist() == [1, 0, 0]
+
+
+def test_the_gate_holds_chains_against_the_lattice_that_is_given(made):
+    swapped = Lattice({"exact": {"match": 2, "partial": 3, "violated": 1}, **{
+        name: dict.fromkeys(("match", "partial", "violated"), 0) for name in ("related", "mismatch")}})  # fmt: skip
+    config = plain(shaping=ShapingConfig(gate="hard"))
+    for lattice, wanted in ((None, [1.0, 0.0]), (swapped, [0.0, 1.0])):
+        trainer = made(config, lattice=lattice)
+        texts = ["4\nCategory: exact\nAttributes: match", "4\nCategory: exact\nAttributes: partial"]
+        assert trainer.shaped_reward(texts, [3, 3]) == wanted
 
 
 def test_hints_say_more_with_every_level():
@@ -488,6 +524,7 @@ def test_replay_touches_groups_of_low_accuracy_alone_and_keeps_their_prompts(mad
     torch.testing.assert_close(output["advantages"][4:], wanted)
     logged = trainer._metrics["train"]
     assert (logged["replay/groups"], logged["replay/rescued"]) == ([1.0], [1.0])
+    assert logged["label/right"] == [pytest.approx(2 / 7)]  # of its own completions
 
 
 def test_replay_without_a_right_hinted_completion_changes_nothing(made):

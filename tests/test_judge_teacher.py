@@ -9,6 +9,7 @@ import pytest
 from test_judge_openai_server import fail, send, server  # noqa: F401
 
 from taoemb.catalog import Catalog, Item, Query
+from taoemb.judge.agrl import Lattice
 from taoemb.judge.chat_server import JudgeServerError
 from taoemb.judge.examples import Example, catalog_examples
 from taoemb.judge.prompts import JudgePrompt
@@ -107,6 +108,15 @@ def test_two_labels_take_the_chains_of_their_grades(server, tmp_path):  # noqa: 
     asked = Teacher(TeacherConfig(url=server.url, model="m", tries=1), JudgePrompt(BINARY))
     found = asked.write([PAIRS[1], PAIRS[3]], tmp_path / "teacher.jsonl")
     assert [e.reasons for e in found] == ["", chain]
+
+
+def test_reasons_are_held_against_the_lattice_that_is_given(server, tmp_path):  # noqa: F811
+    chain = f"Product: a mug is wanted, this is one\n{CHAINS['3']}"
+    server.always = send(written(chain))
+    grades = Lattice.load().grades | {"exact": {"match": 2, "partial": 3, "violated": 1}}
+    asked = Teacher(TeacherConfig(url=server.url, model="m", tries=1), JudgePrompt(), Lattice(grades))
+    assert [e.reasons for e in asked.write([PAIRS[2], PAIRS[3]], tmp_path / "teacher.jsonl")] == ["", chain]
+    assert "Category exact, attributes partial: 4 - Excellent" in server.requests[0]["messages"][0]["content"]
 
 
 def test_a_server_that_fails_loses_no_answer(server, tmp_path):  # noqa: F811

@@ -8,20 +8,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from taoemb.config import load_config
 from taoemb.judge.chains import ParsedChain
 from taoemb.judge.examples import GRADE_LINE, Example, Style
 from taoemb.judge.schemes import GRADES_4, LabelScheme
-from taoemb.shop_rules import ATTRIBUTE_VERDICTS, CATEGORY_VERDICTS
+from taoemb.shop_rules import ATTRIBUTE_VERDICTS, CATEGORY_VERDICTS, load_ontology
+from taoemb.types import MAX_GRADE
 
 Gate = Literal["hard", "soft", "none"]
 HINT_LEVELS = 3
 SOFT_GATE = 0.5
 """What is left of the rewards of a chain whose label does not follow from its own verdicts, by the soft gate."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The rules by which a grade follows from the two verdicts of a chain.
+
+    Raises ValueError unless every pair of verdicts has a grade.
+    """
+
+    grades: dict[str, dict[str, int]]
+    """Category verdict -> attribute verdict -> grade 0 to 3."""
+
+    def __post_init__(self) -> None:
+        asked = [("grades", CATEGORY_VERDICTS, [*self.grades])]
+        asked += [(f"grades.{category}", ATTRIBUTE_VERDICTS, [*of]) for category, of in self.grades.items()]
+        for name, known, given in asked:
+            if {*given} != {*known}:
+                raise ValueError(f"{name}: {', '.join(given) or 'nothing'} given; give each of {', '.join(known)}")
+        for category, of in self.grades.items():
+            for attribute, grade in of.items():
+                if not 0 <= grade <= MAX_GRADE:
+                    raise ValueError(f"grades.{category}.{attribute}={grade}: give 0 to {MAX_GRADE}")
+
+    @classmethod
+    def load(cls, file: str | Path = "") -> Lattice:
+        """From a YAML file with the key ``grades``; by default the generated shop's (``taoemb/shop/rules.yaml``).
+
+        Raises FileNotFoundError, or ValueError for a file that says something else.
+        """
+        return load_config(cls, file) if str(file) else cls(load_ontology().rules["grades"])
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.int64]:
+        """Grades, ``[category verdict, attribute verdict]``."""
+        return np.array([[self.grades[c][a] for a in ATTRIBUTE_VERDICTS] for c in CATEGORY_VERDICTS], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -79,7 +118,7 @@ def shaped_rewards(
     """Reward of each of ``N`` chains, see `ShapingConfig`; 0 where a chain cannot be read.
 
     ``labels`` and ``verdicts`` (category, attribute; None where it is not known, which earns nothing) are the truth; ``table`` ``[category
-    verdict, attribute verdict]`` holds labels: ``scheme.labels(ontology.grade_table)``.
+    verdict, attribute verdict]`` holds labels: ``scheme.labels(Lattice.load().table)``.
 
     >>> rules = [[0, 0, 0], [0, 1, 2], [1, 2, 3]]
     >>> shaped_rewards([ParsedChain(2, 2, 3, True), ParsedChain(2, 0, 3, True)], [3, 3], [(2, 2)] * 2, rules, ShapingConfig(.1, gate="hard"))

@@ -22,13 +22,12 @@ from taoemb.advantages import normalize
 from taoemb.catalog import Item, Query
 from taoemb.files import read_json, write_json
 from taoemb.judge import dyknow
-from taoemb.judge.agrl import HINT_LEVELS, hint, shaped_rewards
+from taoemb.judge.agrl import HINT_LEVELS, Lattice, hint, shaped_rewards
 from taoemb.judge.examples import Example, Style, parse, parse_label
 from taoemb.judge.prompts import ModelPrompt
 from taoemb.judge.sampling import PosteriorSampler
 from taoemb.judge.srpo import StepModel, segment, step_advantages, token_steps, verified
 from taoemb.judge.train_config import GRPOConfig
-from taoemb.shop_rules import load_ontology
 
 _HISTORY = "posterior.json"
 
@@ -46,6 +45,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         step_model: judges the steps that the examples' reasons do not verify, for ``config.srpo``.
         by_rule: whether the examples' reasons are written by rule, so that every line can be compared; else the verdicts alone are.
         posterior: draws the prompts of each step, in the place of TRL's order; one process, one update per generation.
+        lattice: how a grade follows from verdicts, by default the generated shop's.
         peft_config: adapters.
 
     Raises ValueError for settings that do not go together.
@@ -54,7 +54,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def __init__(
         self, model: Any, reads: ModelPrompt, examples: Sequence[Example], config: GRPOConfig, arguments: TRLConfig, *,
         style: Style = "post", step_model: StepModel | None = None, by_rule: bool = True,
-        posterior: PosteriorSampler | None = None, peft_config: Any = None,
+        posterior: PosteriorSampler | None = None, lattice: Lattice | None = None, peft_config: Any = None,
     ) -> None:  # fmt: skip
         from datasets import Dataset
 
@@ -65,7 +65,7 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.step_model, self.by_rule, self.posterior = step_model, by_rule, posterior
         self.scheme = reads.prompt.scheme
         self.labels = [int(label) for label in self.scheme.labels([e.grade for e in self.examples])]
-        self.table = self.scheme.labels(load_ontology().grade_table)
+        self.table = self.scheme.labels((lattice or Lattice.load()).table)
         self.answers = _answer_tokens(reads) if config.label_objective == "expected" else []
         self._chosen: list[int] = []
         self._replayed = np.zeros(0, dtype=bool)
@@ -102,8 +102,9 @@ class RelevanceGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._replayed = np.zeros(len(inputs), dtype=bool)
         made: dict[str, Any] = super()._generate_and_score_completions(inputs)
         outcome = made["advantages"]
+        right, own = np.array(self._right()), ~self._replayed  # what a hint brought about is not its own
+        self._metrics["train" if self.model.training else "eval"]["label/right"].append(float(right[own].mean()))
         if self.posterior is not None:
-            right, own = np.array(self._right()), ~self._replayed  # what a hint brought about is not its own
             self.posterior.update([
                 (self._chosen[first], int((right & own)[first : first + size].sum()), int(own[first : first + size].sum()))
                 for first in range(0, len(right), size)

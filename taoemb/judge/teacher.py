@@ -16,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from taoemb.contrastive import check_positive
+from taoemb.judge.agrl import Lattice
 from taoemb.judge.examples import LINES, Example, parse
 from taoemb.judge.prompts import JudgePrompt
 from taoemb.judge.verdicts import fingerprint
-from taoemb.shop_rules import ATTRIBUTE_VERDICTS, CATEGORY_VERDICTS, load_ontology
+from taoemb.shop_rules import ATTRIBUTE_VERDICTS, CATEGORY_VERDICTS
 
 _TIMEOUT = 600.0  # seconds for a whole answer, which comes in one piece; our choice
 
@@ -51,17 +52,18 @@ class TeacherConfig:
 
 
 class Teacher:
-    """Writes reasons for what ``prompt`` shows of a pair.
+    """Writes reasons for what ``prompt`` shows of a pair; kept are those whose verdicts lead to its grade by the ``lattice``, by default the
+    generated shop's.
 
     Raises ValueError for an address that is none, ImportError without httpx.
     """
 
-    def __init__(self, config: TeacherConfig, prompt: JudgePrompt) -> None:
+    def __init__(self, config: TeacherConfig, prompt: JudgePrompt, lattice: Lattice | None = None) -> None:
         from taoemb.judge.chat_server import ChatServer
 
         self.config, self.prompt = config, prompt
         self.server = ChatServer(config.url, config.model, concurrency=config.concurrency, timeout=_TIMEOUT)
-        self._table = prompt.scheme.labels(load_ontology().grade_table)
+        self._table = prompt.scheme.labels((lattice or Lattice.load()).table)
 
     def write(self, examples: Sequence[Example], file: Path) -> list[Example]:
         """The examples, those without reasons with the teacher's where it found some. ``file`` keeps each answer: a call after a kill asks

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from taoemb.catalog import Catalog, Item, Query
 from taoemb.config import diff, load_config, save_config
 from taoemb.files import read_json, replace_folder, write_json, write_text
+from taoemb.judge.agrl import Lattice
 from taoemb.judge.causal import CausalJudge, load_causal
 from taoemb.judge.chains import pass_at_k
 from taoemb.judge.contexts import Contexts
@@ -82,7 +83,7 @@ class JudgeTrainer:
         if not config.model or not (config.data or examples):
             raise ValueError("give the start model with model= and a catalog with data=, or your own examples")
         self.config, self.run_dir, self.say = config, Path(run_dir), say
-        self.scheme = get_scheme(config.scheme)
+        self.scheme, self.lattice = get_scheme(config.scheme), Lattice.load(config.lattice)
         self._given, self._teacher, self._step_model = examples, teacher, step_model
         self._claim()
 
@@ -187,7 +188,7 @@ class JudgeTrainer:
             pool = catalog_examples(Catalog.load(config.data), config.examples, config.seed, balance=config.balance)
         if config.teacher.url and config.style != "label":
             prompt = JudgePrompt(self.scheme, config.rules, config.max_chars)
-            pool = Teacher(config.teacher, prompt).write(pool, self.run_dir / "teacher.jsonl")
+            pool = Teacher(config.teacher, prompt, self.lattice).write(pool, self.run_dir / "teacher.jsonl")
             if not any(e.reasons for e in pool):
                 raise ValueError(f"the teacher {config.teacher.model!r} wrote no reasons that can be read and lead to the grade for any of {len(pool)} "
                                  "pairs; ask another teacher in another folder, or set style=label")  # fmt: skip
@@ -374,7 +375,7 @@ class JudgeTrainer:
             step_model = StepJudge(CausalJudge(settings.srpo.model))
         trainer = RelevanceGRPOTrainer(
             model, reads, [examples[n] for n in kept], settings, arguments, style=self._style, step_model=step_model,
-            by_rule=self._pool is None, posterior=posterior, peft_config=self._lora(),
+            by_rule=self._pool is None, posterior=posterior, lattice=self.lattice, peft_config=self._lora(),
         )  # fmt: skip
         self._fit(stage, trainer, reads)
 

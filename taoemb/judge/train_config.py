@@ -149,6 +149,9 @@ class JudgeTrainConfig:
     """Labels."""
     rules: str = RULES
     """What the judge is told before the labels."""
+    lattice: str = ""
+    """YAML file with ``grades: {exact: {match: 3, ...}, ...}``, how a grade follows from the verdicts of the reasons; by default the generated shop's.
+    A teacher's reasons and ``grpo.shaping.gate`` are held against it."""
     examples: int = 4000
     """Graded pairs of training queries for ``sft`` [ours]; of a catalog or a teacher for all stages."""
     balance: bool = True
