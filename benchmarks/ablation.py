@@ -1,7 +1,7 @@
 """Stage 2 under many conditions from the same stage-1 models: equal start, candidates, steps and judge; one table with paired tests.
 
     python benchmarks/ablation.py --runs runs/seeds/seed0 runs/seeds/seed1 runs/seeds/seed2 \\
-        --conditions benchmarks/conditions/policies.yaml --out runs/ablation
+        --conditions benchmarks/conditions/grids/policies.yaml --out runs/ablation
 
 ``--runs`` are finished run folders that differ in their seed (`benchmarks/seeds.py` makes them): each gives its stage-1 model, its
 catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the

@@ -1,6 +1,6 @@
 """What a judge's worth does for the encoder that is trained against it: AUC of the judge against the encoder's gain over stage 1.
 
-    python benchmarks/ablation.py --runs runs/small/seed0 runs/small/seed1 runs/small/seed2 --conditions benchmarks/conditions/judges.yaml \\
+    python benchmarks/ablation.py --runs runs/small/seed0 runs/small/seed1 runs/small/seed2 --conditions benchmarks/conditions/grids/judges.yaml \\
         --against oracle --out runs/judge_gain
     python benchmarks/judge_gain.py runs/judge_gain --out runs/judge_gain/gain.png
 

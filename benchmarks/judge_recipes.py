@@ -1,6 +1,6 @@
 """The systems after TaoSR1 on the generated shop: shaped rewards and replay, stepwise advantages, context; each a row that begins at the same model.
 
-    python benchmarks/judge_recipes.py --data runs/shop-20000-0 --out runs/judge_recipes --conditions benchmarks/conditions/judge_recipes.yaml \\
+    python benchmarks/judge_recipes.py --data runs/shop-20000-0 --out runs/judge_recipes --conditions benchmarks/conditions/grids/judge_recipes.yaml \\
         --start pre=runs/judge_stages/seed0/pre/sft/model --start post=runs/judge_stages/seed0/post/sft/model --seeds 0 1 2 settings...
 
 Words after the options are settings of `JudgeTrainConfig` for every row. Each model is graded on pairs of test queries, as they come and as many of

@@ -1,0 +1,343 @@
+"""Benchmarks that anyone can rerun: what is run, on what, and what it gave.
+
+    python benchmarks/run.py list
+    python benchmarks/run.py run shop --out runs/benchmarks
+    python benchmarks/run.py check --budget 20m                      # reruns what fits, and fails where a score is out of its tolerance
+    python benchmarks/run.py check --only chorus --path chorus=my/folder
+    python benchmarks/run.py table                                   # writes README's tables from benchmarks/results
+
+A record is a file ``benchmarks/conditions/NAME.yaml``: ``what`` it shows, the ``command`` as it is typed (``{data}``, ``{out}``, ``{seed}`` filled in),
+its ``data`` (a generated ``shop`` by its size and seed, or a ``path`` that you give), ``seeds``, ``minutes`` on the ``hardware`` class, and ``scores``:
+file that the command writes -> path in it -> [expected, tolerance], means over the seeds. ``run`` writes
+``OUT/NAME/result.json`` with the commit, the versions and the machine; what is finished is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from taoemb.config import load_config
+from taoemb.files import read_json, write_json, write_text
+from taoemb.shop import generate_shop
+
+FOLDER = Path(__file__).parent
+PACKAGES = ("taoemb", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy", "trl")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A generated shop, or a folder that you have."""
+
+    items: int = 0
+    """Of a generated shop."""
+    seed: int = 0
+    """Of it."""
+    queries: tuple[int, ...] = ()
+    """Training, validation and test queries of it; by default its own."""
+    path: str = ""
+    """Name of a folder that is given with ``--path NAME=FOLDER``."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One benchmark."""
+
+    what: str
+    """What it shows."""
+    command: str
+    """As it is typed in the project's folder."""
+    data: Data = field(default_factory=Data)
+    """What it runs on."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the training."""
+    hardware: Literal["cpu", "gpu"] = "cpu"
+    """Class of machine."""
+    minutes: float = 1.0
+    """On two shared cores, or the GPU that is named in the results."""
+    scores: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    """File -> path in it, ``/`` between the keys -> expected score and tolerance."""
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise ValueError("scores: name at least one, or nothing is checked")
+        for file, paths in self.scores.items():
+            for path, pair in paths.items():
+                if len(pair) != 2 or not pair[1] > 0:
+                    raise ValueError(
+                        f"scores.{file}.{path}={list(pair)}: give [expected, tolerance], the tolerance above 0"
+                    )
+        if not self.seeds or self.minutes <= 0:
+            raise ValueError(
+                f"seeds={list(self.seeds)}, minutes={self.minutes}: give at least one seed, and minutes above 0"
+            )
+
+
+def main(words: list[str] | None = None) -> int:
+    """Exit code: 1 where a score is out of its tolerance or a command failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="do", required=True)
+    commands.add_parser("list", help="the records")
+    commands.add_parser("table", help="write README's tables").add_argument(
+        "--check", action="store_true", help="only say whether they differ"
+    )
+    for name, text in (("run", "run records"), ("check", "run records and compare with what is expected")):
+        one = commands.add_parser(name, help=text)
+        one.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+        one.add_argument("--path", action="append", default=[], metavar="NAME=FOLDER")
+        if name == "run":
+            one.add_argument("names", nargs="+", choices=sorted(records()))
+        else:
+            one.add_argument("--only", nargs="+", choices=sorted(records()))
+            one.add_argument(
+                "--budget", default="20m", help="how long in all, such as 90s, 20m or 2h; by the records' minutes"
+            )
+    arguments = parser.parse_args(words)
+    if arguments.do == "list":
+        for name, record in records().items():
+            print(f"{name:16} {record.minutes:5.1f} min  {record.hardware}  {record.what}")
+        return 0
+    if arguments.do == "table":
+        return tables(arguments.check)
+    paths = {name: Path(folder) for name, _, folder in (word.partition("=") for word in arguments.path)}
+    names = arguments.names if arguments.do == "run" else chosen(arguments.only, minutes(arguments.budget), paths)
+    results = {name: run(name, records()[name], arguments.out, paths) for name in names}
+    return report(results)
+
+
+def records() -> dict[str, Record]:
+    """By name."""
+    return {file.stem: load_config(Record, file) for file in sorted((FOLDER / "conditions").glob("*.yaml"))}
+
+
+def minutes(text: str) -> float:
+    """
+    >>> minutes("90s"), minutes("20m"), minutes("2h")
+    (1.5, 20.0, 120.0)
+    """
+    found = re.fullmatch(r"([0-9.]+)([smh])", text)
+    if not found:
+        raise SystemExit(f"--budget {text!r}: give a number with s, m or h, such as 20m")
+    return float(found[1]) * {"s": 1 / 60, "m": 1.0, "h": 60.0}[found[2]]
+
+
+def chosen(only: list[str] | None, budget: float, paths: dict[str, Path]) -> list[str]:
+    """The shortest first, as far as the budget goes; those whose data or hardware are not here are named and left out."""
+    found, spent = [], 0.0
+    for name, record in sorted(records().items(), key=lambda pair: pair[1].minutes):
+        if only and name not in only:
+            continue
+        why = ""
+        if record.data.path and record.data.path not in paths:
+            why = f"give --path {record.data.path}=FOLDER"
+        elif record.hardware == "gpu" and not gpu():
+            why = "there is no GPU"
+        elif spent + record.minutes > budget:
+            why = f"{record.minutes:g} minutes are beyond the budget"
+        if why:
+            print(f"left out: {name} ({why})")
+            continue
+        found.append(name)
+        spent += record.minutes
+    if not found:
+        raise SystemExit("nothing to run: raise --budget, or give --path")
+    return found
+
+
+def gpu() -> bool:
+    """Whether there is one."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def run(name: str, record: Record, out: Path, paths: dict[str, Path]) -> dict[str, Any]:
+    """Its result, from the file where it is finished."""
+    folder = out / name
+    file = folder / "result.json"
+    if file.exists():
+        return dict(read_json(file))
+    data = prepared(record.data, out / "data", paths)
+    begin = time.perf_counter()
+    found: dict[str, list[float]] = {}
+    for seed in record.seeds:
+        target = folder / f"seed{seed}"
+        target.mkdir(parents=True, exist_ok=True)
+        command = record.command.format(data=data, out=target, seed=seed)
+        print(f"{name}, seed {seed}: {command}", flush=True)
+        with (folder / f"seed{seed}.log").open("ab") as log:
+            words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+            done = subprocess.run(
+                words, stdout=log, stderr=subprocess.STDOUT, cwd=FOLDER.parent, env=environment(), check=False
+            )
+        if done.returncode:
+            tail = (folder / f"seed{seed}.log").read_text(errors="replace")[-1500:]
+            raise SystemExit(
+                f"{name}, seed {seed}: the command ended with {done.returncode}; {folder / f'seed{seed}.log'} ends with\n{tail}"
+            )
+        for part, wanted in record.scores.items():
+            read = read_json(target / part)
+            for path in wanted:
+                found.setdefault(f"{part}: {path}", []).append(float(at(read, path, target / part)))
+    scores = {key: {"found": float(np.mean(values)), "seeds": values} for key, values in found.items()}
+    result = {
+        "name": name,
+        "scores": scores,
+        "minutes": (time.perf_counter() - begin) / 60,
+        "seeds": list(record.seeds),
+        "machine": machine(),
+    }
+    write_json(file, result)
+    return result
+
+
+def prepared(data: Data, folder: Path, paths: dict[str, Path]) -> Path | str:
+    """Its folder; a shop is generated where it is missing."""
+    if data.path:
+        if data.path not in paths:
+            raise SystemExit(f"the record needs a folder: give --path {data.path}=FOLDER")
+        return paths[data.path].resolve()
+    if not data.items:
+        return ""
+    sizes = dict(zip(("train_queries", "validation_queries", "test_queries"), data.queries, strict=False))
+    found = (folder / "-".join(map(str, ("shop", data.items, data.seed, *data.queries)))).resolve()
+    if not (found / "truth.parquet").exists():
+        generate_shop(data.items, seed=data.seed, **sizes).save(found)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Where `taoemb` is a command, also when the environment is not activated."""
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+def at(read: Any, path: str, file: Path) -> float:
+    """The number at a path; keys of dictionaries, positions of lists."""
+    for key in path.split("/"):
+        try:
+            read = read[int(key)] if isinstance(read, list) else read[key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise SystemExit(f"{file} has no {path} (at {key!r})") from None
+    return float(read)
+
+
+def machine() -> dict[str, Any]:
+    """What a result is worth nothing without."""
+
+    def said(*words: str) -> str:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=FOLDER.parent, check=False)
+        return done.stdout.strip()
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cpu = (
+        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else None
+    )
+    return {
+        "commit": said("git", "rev-parse", "HEAD"), "changed": bool(said("git", "status", "--porcelain")), "versions": versions,
+        "python": platform.python_version(), "cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", ""), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def report(results: dict[str, dict[str, Any]]) -> int:
+    """Print found against expected."""
+    wrong = 0
+    print("| record | score | expected | found | |\n| --- | --- | --- | --- | --- |")
+    for name, result in results.items():
+        for file, paths in records()[name].scores.items():
+            for path, (expected, tolerance) in paths.items():
+                found = result["scores"].get(f"{file}: {path}", {}).get("found")
+                fine = found is not None and abs(found - expected) <= tolerance
+                wrong += not fine
+                shown = "missing" if found is None else f"{found:.4f}"
+                print(
+                    f"| {name} | {path} | {expected:g} ± {tolerance:g} | {shown} | {'ok' if fine else 'OUT OF TOLERANCE'} |"
+                )
+    print(f"{wrong} out of tolerance" if wrong else "all within tolerance")
+    return int(wrong > 0)
+
+
+def tables(check: bool) -> int:
+    """README's tables from the results; 1 where ``check`` finds a difference."""
+    file = FOLDER.parent / "README.md"
+    text = file.read_text(encoding="utf-8")
+    made = with_tables(text)
+    if made == text:
+        return 0
+    if check:
+        print("README.md differs from benchmarks/results: run `python benchmarks/run.py table`")
+        return 1
+    write_text(file, made)
+    return 0
+
+
+def with_tables(text: str) -> str:
+    """A page with the tables of ``benchmarks/tables.yaml`` between their marks. Raises ValueError for one without marks."""
+    for name, table in yaml.safe_load((FOLDER / "tables.yaml").read_text(encoding="utf-8")).items():
+        begin, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+        head, found, rest = text.partition(begin)
+        if not found or end not in rest:
+            raise ValueError(
+                f"README.md has no marks {begin.strip()!r} and {end!r}; put them where the table is to stand"
+            )
+        text = head + begin + markdown(table) + end + rest.partition(end)[2]
+    return text
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """One table: rows of results, the best figure of each column in bold where ``best`` says which end is better."""
+    results = read_json(FOLDER / "results" / table["file"])["rows"]
+    columns = table["columns"]
+    rows = [(label, [results[name]["metrics"].get(column["metric"]) for column in columns.values()], results[name])
+            for label, name in table["rows"].items()]  # fmt: skip
+    tops = [
+        {"high": max, "low": min}[column["best"]](round(values[n]["mean"], 3) for _, values, _ in rows if values[n])
+        if "best" in column
+        else None
+        for n, column in enumerate(columns.values())
+    ]
+    cost = [table["cost"]] if "cost" in table else []
+    lines = ["| system | " + " | ".join([*columns, *cost]) + " |", "| --- |" + " --- |" * len([*columns, *cost])]
+    for label, values, row in rows:
+        cells = [figure(value, top) for value, top in zip(values, tops, strict=True)]
+        if cost:
+            cells.append(f"{row['item_encodings'] / 1e6:.2f} M" if row.get("item_encodings") else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(value: dict[str, float] | None, top: float | None) -> str:
+    """
+    >>> figure({"mean": 0.76721, "deviation": 0.0036}, 0.767), figure({"mean": 1.0, "deviation": 0.0}, None), figure(None, None)
+    ('**.767** ± .004', '1.000', '')
+    """
+    if value is None:
+        return ""
+    said = f"{value['mean']:.3f}".removeprefix("0")
+    if top is not None and round(value["mean"], 3) == top:
+        said = f"**{said}**"
+    return said + (f" ± {value['deviation']:.3f}".replace(" 0.", " .") if value.get("deviation") else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""benchmarks/run.py: what is run within a budget, what is compared, and README's tables against the results."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+spec = importlib.util.spec_from_file_location("benchmarks_run", FOLDER / "run.py")
+run = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = run  # dataclasses look their module up
+spec.loader.exec_module(run)
+
+WRITES = """python -c "import json, pathlib; pathlib.Path('{out}', 'scores.json').write_text(json.dumps({{'a': [1, {{'b': {seed} + 1.0}}]}}))" """
+
+
+def record(**changed):
+    return run.Record(
+        **{
+            "what": "a test",
+            "command": WRITES,
+            "seeds": (0, 2),
+            "scores": {"scores.json": {"a/1/b": (2.0, 0.1)}},
+            **changed,
+        }
+    )
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """``known(name=record, ...)``: these are the records."""
+    return lambda **records: monkeypatch.setattr(run, "records", lambda: records)
+
+
+def test_readme_says_what_the_results_say():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert run.with_tables(readme) == readme, "run: python benchmarks/run.py table"
+
+
+def test_the_records_of_the_project_can_be_read_and_listed(capsys):
+    assert run.main(["list"]) == 0
+    assert (
+        len(capsys.readouterr().out.splitlines())
+        == len(run.records())
+        == len(list((FOLDER / "conditions").glob("*.yaml")))
+    )
+
+
+def test_check_compares_the_mean_over_the_seeds(known, tmp_path, capsys):
+    known(good=record(), bad=record(scores={"scores.json": {"a/1/b": (2.5, 0.1)}}))
+    assert run.main(["check", "--only", "good", "--out", str(tmp_path)]) == 0
+    assert "| good | a/1/b | 2 ± 0.1 | 2.0000 | ok |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "good" / "result.json").read_text())
+    assert result["scores"]["scores.json: a/1/b"] == {"found": 2.0, "seeds": [1.0, 3.0]}
+    assert {"commit", "versions", "cpu", "date"} <= {*result["machine"]}
+    assert run.main(["check", "--out", str(tmp_path)]) == 1
+    assert "| bad | a/1/b | 2.5 ± 0.1 | 2.0000 | OUT OF TOLERANCE |" in capsys.readouterr().out
+
+
+def test_what_is_finished_is_not_run_again_and_a_new_expectation_is_held_against_it(known, tmp_path, capsys):
+    known(one=record())
+    assert run.main(["run", "one", "--out", str(tmp_path)]) == 0
+    known(one=record(command="python -c 1/0"))
+    assert run.main(["check", "--out", str(tmp_path)]) == 0
+    known(one=record(command="python -c 1/0", scores={"scores.json": {"a/0": (1.0, 0.1)}}))
+    assert run.main(["check", "--out", str(tmp_path)]) == 1
+    assert "| one | a/0 | 1 ± 0.1 | missing |" in capsys.readouterr().out
+
+
+def test_the_budget_takes_the_shortest_and_says_what_it_leaves_out(known, tmp_path, capsys):
+    known(
+        long=record(minutes=30.0),
+        short=record(minutes=2.0),
+        middle=record(minutes=5.0),
+        mine=record(data=run.Data(path="mine")),
+    )
+    assert run.chosen(None, 10.0, {}) == ["short", "middle"]
+    said = capsys.readouterr().out
+    assert "left out: long (30 minutes are beyond the budget)" in said
+    assert "left out: mine (give --path mine=FOLDER)" in said
+    assert run.chosen(None, 60.0, {"mine": tmp_path}) == ["mine", "short", "middle", "long"]
+    with pytest.raises(SystemExit, match="nothing to run"):
+        run.chosen(None, 0.5, {})
+
+
+def test_commands_that_fail_say_how(known, tmp_path):
+    known(
+        one=record(command="python -c \"raise SystemExit('no such thing')\""),
+        two=record(scores={"scores.json": {"a/7": (1.0, 1.0)}}),
+    )
+    with pytest.raises(SystemExit, match="one, seed 0: the command ended with 1(.|\n)*no such thing"):
+        run.main(["run", "one", "--out", str(tmp_path)])
+    assert not (tmp_path / "one" / "result.json").exists()
+    with pytest.raises(SystemExit, match="scores.json has no a/7"):
+        run.main(["run", "two", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--budget '20': give a number with s, m or h"):
+        run.main(["check", "--budget", "20"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scores": {}}, "name at least one"),
+        ({"scores": {"f.json": {"a": (1.0,)}}}, r"scores.f.json.a=\[1.0\]: give \[expected, tolerance\]"),
+        ({"scores": {"f.json": {"a": (1.0, 0.0)}}}, "the tolerance above 0"),
+        ({"seeds": ()}, "at least one seed"),
+    ],
+)
+def test_records_without_a_check_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        record(**changed)
+
+
+def test_a_shop_is_generated_once(known, tmp_path, monkeypatch):
+    data = run.Data(items=200, seed=1, queries=(20, 5, 10))
+    folder = run.prepared(data, tmp_path, {})
+    assert (folder / "truth.parquet").exists()
+    monkeypatch.setattr(run, "generate_shop", None)
+    assert run.prepared(data, tmp_path, {}) == folder
+    with pytest.raises(SystemExit, match="give --path mine=FOLDER"):
+        run.prepared(run.Data(path="mine"), tmp_path, {})
+
+
+def test_tables_need_their_marks():
+    with pytest.raises(ValueError, match="no marks"):
+        run.with_tables("# no table here\n")
