@@ -1,5 +1,6 @@
 """benchmarks/run.py: what is run within a budget, what is compared, and README's tables against the results."""
 
+import doctest
 import importlib.util
 import json
 import sys
@@ -121,6 +122,12 @@ def test_a_shop_is_generated_once(known, tmp_path, monkeypatch):
     assert run.prepared(data, tmp_path, {}) == folder
     with pytest.raises(SystemExit, match="give --path mine=FOLDER"):
         run.prepared(run.Data(path="mine"), tmp_path, {})
+
+
+def test_examples_in_docstrings():
+    found = doctest.testmod(run)
+    assert found.attempted
+    assert not found.failed
 
 
 def test_tables_need_their_marks():
