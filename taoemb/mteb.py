@@ -91,7 +91,8 @@ def _documents(batch: Mapping[str, Any]) -> list[Item]:
 
 
 def _rows(embeddings: Any) -> Tensor:
-    return torch.atleast_2d(torch.as_tensor(embeddings, dtype=torch.float32))
+    rows = torch.as_tensor(embeddings, dtype=torch.float32)
+    return rows if rows.ndim == 2 else rows[None]
 
 
 def _folder_name(folder: Path) -> str:

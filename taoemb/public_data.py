@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -94,7 +94,7 @@ def read_esci(folder: str | Path, locale: str = "us", version: str = "small") ->
     source = "the folder shopping_queries_dataset of github.com/amazon-science/esci-data"
     file = _file(folder, "shopping_queries_dataset_examples.parquet", source)
     corpus = _file(folder, "shopping_queries_dataset_products.parquet", source)
-    examples = _read_parquet(file, EXAMPLES)
+    examples = pa.concat_tables(_parquet_parts(file, EXAMPLES))
     grades = _mapped(examples, "esci_label", ESCI_GRADES, file.name)
     _check(
         examples, "split", pc.is_in(examples["split"], pa.array(["train", "test"])), "is none of train, test", file.name
@@ -108,24 +108,33 @@ def read_esci(folder: str | Path, locale: str = "us", version: str = "small") ->
         raise ValueError(f"locale={locale!r}: {file.name} has {', '.join(map(str, locales))}")
     wanted = pc.and_(pc.equal(examples["product_locale"], locale), pc.equal(examples[f"{version}_version"], 1))
     wanted = pc.fill_null(wanted, False)
-    products = _read_parquet(corpus, PRODUCTS, [("product_locale", "==", locale)])
-    _check_unique(products, "product_id", f"{corpus.name} (locale {locale})")
-    known = pc.is_in(examples["product_id"], products["product_id"].combine_chunks())
+    items = _esci_items(corpus, locale)
+    known = pc.is_in(examples["product_id"], items["id"].combine_chunks())
     _check(examples, "product_id", pc.or_(pc.invert(wanted), known),
            f"is no product of locale {locale} in {corpus.name}; get both files of the same release", file.name)  # fmt: skip
     chosen = examples.append_column("grade", grades).filter(wanted)
     queries = chosen.take(_first_rows(chosen["query_id"]))
-    points, text = _text(products["product_bullet_point"]), _text(products["product_description"])
-    items = _items(products["product_id"], products["product_title"], _joined(points, text)) | {
-        "brand": _text(products["product_brand"]),
-        "attributes": _one_attribute("color", products["product_color"]),
-    }
     return _catalog(
         items,
         {"id": queries["query_id"], "query": queries["query"], "split": queries["split"]},
         {"query_id": chosen["query_id"], "item_id": chosen["product_id"], "grade": chosen["grade"]},
         {"name": "esci", "locale": locale, "version": version},
     )
+
+
+def _esci_items(path: Path, locale: str) -> pa.Table:
+    """The products of a locale, made in parts: with all at once there are several copies of gigabytes of text."""
+    parts = []
+    for products in _parquet_parts(path, PRODUCTS):
+        products = products.filter(pc.equal(products["product_locale"], locale))
+        description = _joined(products["product_bullet_point"], products["product_description"])
+        columns = _items(products["product_id"], products["product_title"], description)
+        columns["brand"] = _text(products["product_brand"])
+        columns["attributes"] = _one_attribute("color", products["product_color"])
+        parts.append(pa.table(columns))
+    items = pa.concat_tables(parts)
+    _check_unique(pa.table({"product_id": items["id"]}), "product_id", f"{path.name} (rows of locale {locale})")
+    return items
 
 
 def read_wands(folder: str | Path) -> Catalog:
@@ -269,10 +278,10 @@ READERS: Mapping[str, Callable[..., Catalog]] = {
 
 
 def _catalog(
-    items: Mapping[str, Any], queries: Mapping[str, Any], qrels: Mapping[str, Any], metadata: dict[str, Any]
+    items: Mapping[str, Any] | pa.Table, queries: Mapping[str, Any], qrels: Mapping[str, Any], metadata: dict[str, Any]
 ) -> Catalog:
     return Catalog.from_tables(
-        pa.table(dict(items)),
+        items if isinstance(items, pa.Table) else pa.table(dict(items)),
         pa.table(dict(queries)),
         pa.table(dict(qrels)),
         metadata={"kind": KIND, "unjudged": None, **metadata},
@@ -289,13 +298,16 @@ def _file(folder: str | Path, name: str, source: str) -> Path:
     return path
 
 
-def _read_parquet(path: Path, spec: TableSpec, filters: list[tuple[str, str, str]] | None = None) -> pa.Table:
+def _parquet_parts(path: Path, spec: TableSpec) -> Iterator[pa.Table]:
+    """A parquet file in parts of at most 65,536 rows; the first one is empty, and says that all columns are there."""
+    names = list(spec.columns)
     try:
-        normalize_table(pq.read_schema(path).empty_table(), spec, path.name)  # the columns, before gigabytes are read
-        table = pq.read_table(path, columns=list(spec.columns), filters=filters)
+        file = pq.ParquetFile(path)
+        yield normalize_table(file.schema_arrow.empty_table(), spec, path.name).select(names)
+        for batch in file.iter_batches(columns=names):
+            yield normalize_table(pa.Table.from_batches([batch]), spec, path.name).select(names)
     except (pa.ArrowInvalid, OSError) as error:
         raise SchemaError(path.name, None, "", f"is not a readable parquet file: {error}") from None
-    return normalize_table(table, spec, path.name)
 
 
 def _read_latin(path: Path, spec: TableSpec) -> pa.Table:
@@ -448,7 +460,8 @@ def _features(text: str) -> str | None:
 
 def _quality(rating: Column, count: Column) -> npt.NDArray[np.float64]:
     """Mean ratings in [0, 1], those with few ratings near the mean of all."""
-    ratings, counts = (np.nan_to_num(pc.fill_null(c, 0).to_numpy()) for c in (rating, count))
+    counts = pc.if_else(pc.is_valid(rating), count, 0.0)
+    ratings, counts = (pc.fill_null(c, 0.0).to_numpy() for c in (rating, counts))
     mean = (ratings * counts).sum() / counts.sum() if counts.sum() else 0.0
     quality: npt.NDArray[np.float64] = (ratings * counts + PRIOR_RATINGS * mean) / (counts + PRIOR_RATINGS) / 5
     return quality

@@ -167,6 +167,15 @@ def test_esci_files_as_other_writers_store_them(tmp_path):
     assert found.qrels == expected.qrels
 
 
+def test_esci_columns_in_another_order(tmp_path):
+    expected = read_esci(esci(tmp_path))
+    for file in tmp_path.iterdir():
+        table = pq.read_table(file)
+        pq.write_table(table.select(sorted(table.column_names)), file)
+    found = read_esci(tmp_path)
+    assert (found.items.table, found.qrels) == (expected.items.table, expected.qrels)
+
+
 @pytest.mark.parametrize(("old", "new", "row", "column", "words"), [
     ("B003,us,C", "B003,us,X", 3, "esci_label", "'X' is none of E, S, C, I"),
     ("B003,us,C", "B777,us,C", 3, "product_id", "is no product of locale us"),
@@ -187,7 +196,7 @@ def test_esci_refuses(tmp_path, old, new, row, column, words):
 
 def test_esci_refuses_other_products(tmp_path):
     with pytest.raises(
-        SchemaError, match=r"products.parquet \(locale us\), row 6, column 'product_id': 'B001' is in an ear"
+        SchemaError, match=r"products.parquet \(rows of locale us\), row 6, column 'product_id': 'B001' is in an ear"
     ):
         read_esci(esci(tmp_path / "twice", products=[*PRODUCTS, PRODUCTS[0]]))
     renamed = tuple(name.replace("bullet_point", "bullets") for name in PRODUCT_COLUMNS)
@@ -197,6 +206,9 @@ def test_esci_refuses_other_products(tmp_path):
     (tmp_path / "broken" / "shopping_queries_dataset_products.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(SchemaError, match="products.parquet: is not a readable parquet file"):
         read_esci(tmp_path / "broken")
+    esci(tmp_path / "empty", products=[])
+    with pytest.raises(SchemaError, match="'B001' is no product of locale us"):
+        read_esci(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"examples.parquet is not there; give the folder shopping_queries"):
         read_esci(tmp_path)
 
