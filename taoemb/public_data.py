@@ -83,8 +83,9 @@ def read_esci(folder: str | Path, locale: str = "us", version: str = "small") ->
     The queries of a locale with their published split; ``version`` is the published reduced set of harder queries
     (``small``, the set of its ranking task) or all (``large``). The items are all products of the locale, of both
     versions, judged or not: search runs over the full corpus. The published ranking task is another one, to order the
-    judged products of each query; its figures are not comparable. Published are two splits; nothing is cut off train
-    for validation. Bullet points stand before the description, the colour is an attribute.
+    judged products of each query, with gains of 1, .1, .01 and 0; its figures are not comparable. Published are two
+    splits; nothing is cut off train for validation. Bullet points stand before the description, the colour is an
+    attribute.
 
     Raises FileNotFoundError for a missing file, ValueError for an unknown version or locale and SchemaError for rows
     that are not in the format.

@@ -55,7 +55,7 @@ WANDS = {
         "rating_count\taverage_rating\treview_count\n"
         "0\tsolid wood platform bed\tBeds\tFurniture / Bedroom Furniture / Beds\tgood , deep sleep\t"
         "overallwidth-sidetoside:64.7|color : brown|color : oak|color : oak| : gray wood|loose\t15.0\t4.5\t15.0\n"
-        "1\tslow cooker 7 qt . 14 ''\tSlow Cookers|Pots\t\t\t\t\t\t\n"
+        "1\tslow cooker 7 qt . 14 ''\tSlow Cookers|Pots\t\t\t\t7.0\t\t\n"
         '2\t"12"" décor plate"\t\t\t"first line\nsecond line"\tcolor:red\t1.0\t1.0\t1.0\n'
     ),
     "query.csv": "query_id\tquery\tquery_class\n0\tsalon chair\tMassage Chairs\n3\tdécor\t\n",
@@ -229,7 +229,8 @@ def test_wands(tmp_path):
     mean = (15 * 4.5 + 1 * 1) / 16
     expected = [(15 * 4.5 + 10 * mean) / 25 / 5, mean / 5, (1 + 10 * mean) / 11 / 5]
     np.testing.assert_allclose(catalog.items.column("quality"), expected)
-    np.testing.assert_array_equal(catalog.items.column("rating_count"), [15, np.nan, 1])
+    np.testing.assert_array_equal(catalog.items.column("rating_count"), [15, 7, 1])
+    np.testing.assert_array_equal(catalog.items.column("average_rating"), [4.5, np.nan, 1])
 
 
 @pytest.mark.parametrize(("file", "old", "new", "row", "column", "words"), [
