@@ -21,7 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Make data: the generated shop, or training queries from a catalog.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Make data: the generated shop, training queries from a catalog, or a catalog from a public set.",
+    no_args_is_help=True,
+)
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 app.add_typer(judge_app, name="judge")
@@ -125,6 +128,61 @@ def data_queries(
     typer.echo(
         f"{out}: {len(written.queries):,} queries in queries.parquet, their source items in clicks.parquet", err=True
     )
+
+
+@data_app.command("import")
+@told_apart
+def data_import(
+    format: Annotated[str, typer.Argument(help="esci, wands, homedepot or beir.")],
+    source: Annotated[Path, typer.Argument(help="Folder with the files as they are published.")],
+    out: Out,
+    locale: Annotated[Optional[str], typer.Option(help="esci: us (the default), es or jp.")] = None,  # noqa: UP045
+    version: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="esci: small, the harder queries (the default), or large, all."),
+    ] = None,
+    grades: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="beir: the grade of each score, such as 0=0,1=2,2=3; by default by the highest score."),
+    ] = None,
+) -> None:
+    """Write a catalog from the files of a public set: Amazon ESCI, WANDS, Home Depot, or a folder in the format of BEIR."""
+    from collections import Counter
+    from inspect import signature
+
+    from taoemb.files import replace_folder
+    from taoemb.public_data import KIND, READERS
+
+    if format not in READERS:
+        raise ValueError(f"format {format!r}: use {', '.join(READERS)}")
+    options: dict[str, Any] = {"locale": locale, "version": version, "grades": grades and _grades(grades)}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name not in signature(READERS[format]).parameters:
+            raise ValueError(f"{format} takes no --{name}; leave it away")
+    catalog = READERS[format](source, **options)
+    with replace_folder(out, "catalog.json", KIND) as beside:
+        catalog.save(beside)
+    splits = Counter(query.split or "no split" for query in catalog.queries)
+    found = Counter(grade for graded in catalog.qrels.values() for grade in graded.values())
+    typer.echo(
+        f"{out}: {len(catalog.items):,} items, {len(catalog.queries):,} queries ("
+        + ", ".join(
+            f"{split} {splits[split]:,}" for split in ("train", "validation", "test", "no split") if splits[split]
+        )
+        + f"), {found.total():,} grades ("
+        + ", ".join(f"{grade}: {found[grade]:,}" for grade in sorted(found, reverse=True))
+        + ")",
+        err=True,
+    )
+
+
+def _grades(text: str) -> dict[int, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {int(score): int(grade) for score, grade in pairs}
+    except ValueError:
+        raise ValueError(f"--grades {text}: give a grade to each score, such as 0=0,1=2,2=3") from None
 
 
 @app.command()

@@ -219,18 +219,29 @@ def _jsonl_text(value: Any, row: int, name: str, source: str) -> str | None:
 
 
 def _read_csv(path: Path, spec: TableSpec) -> pa.Table:
+    return read_delimited(path)
+
+
+def read_delimited(path: Path, delimiter: str = ",", encoding: str = "utf-8-sig") -> pa.Table:
+    """A csv file with every cell as text: an id such as 0012 must not become a number.
+
+    Raises SchemaError for a file without a header, in another encoding, or with rows of different lengths.
+    """
     content = path.read_bytes()
     try:
-        content.decode("utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         row = content[: error.start].count(b"\n")
         problem = f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
         raise SchemaError(path.name, row or None, "", problem) from None
     if not content.strip():
         raise SchemaError(path.name, None, "", "is empty; the first line must name the columns")
-    # every cell is read as text: an id such as 0012 must not become a number
-    source = pa.py_buffer(content.removeprefix(b"\xef\xbb\xbf"))
-    parse = pa_csv.ParseOptions(newlines_in_values=True)
+    if encoding == "utf-8-sig":
+        source = pa.py_buffer(content.removeprefix(b"\xef\xbb\xbf"))
+    else:
+        source = pa.py_buffer(text.encode("utf-8"))
+    del content, text
+    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     try:
         header = pa_csv.open_csv(pa.BufferReader(source), parse_options=parse).schema.names
         convert = pa_csv.ConvertOptions(column_types={n: pa.string() for n in header}, strings_can_be_null=False)
