@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import yaml
 from judge_stages import MAX_CHARS, RULES
 
 from taoemb.config import load_config
+from taoemb.evaluation import paired_bootstrap
 from taoemb.files import read_json, write_json
 from taoemb.judge import CausalJudge
 from taoemb.judge.chains import chain_metrics
@@ -76,12 +78,43 @@ def main() -> None:
             rows.setdefault(name, []).append(row(arguments, shop, contexts, conditions, name, seed))
     keys = sorted({key for found in rows.values() for one in found for key in one})
     result = {name: {key: [one[key] for one in found if key in one] for key in keys} for name, found in rows.items()}
+    tests = {name: tested(arguments, conditions, name) for name in rows if name in conditions}
     write_json(arguments.out / "judge_recipes.json", {
-        "seeds": arguments.seeds, "settings": arguments.settings, "conditions": conditions, "rows": result,
+        "seeds": arguments.seeds, "settings": arguments.settings, "conditions": conditions, "rows": result, "tests": tests,
     })  # fmt: skip
     print("| row | " + " | ".join(SHOWN) + " |\n| --- |" + " --- |" * len(SHOWN))
     for name, found in result.items():
         print(f"| {name} | " + " | ".join(cell(found.get(key, [])) for key in SHOWN) + " |")
+    for name, found in tests.items():
+        said = [f"{key} {test['difference']:+.3f} (p = {test['p_value']:.2g})" for key, test in found.items()]
+        print(f"{name}: {', '.join(said)}")
+
+
+def tested(arguments: argparse.Namespace, conditions: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """Accuracy over all graded pairs against where the row began, and against the first row that began there: paired bootstrap over the
+    pairs, seeds averaged first."""
+    start = conditions[name]["start"]
+    first = next(other for other in conditions if conditions[other]["start"] == start)
+
+    def right(other: str, part: str) -> np.ndarray | None:
+        folders = [arguments.out / f"start-{other}"] if other in arguments.start else [
+            arguments.out / f"seed{seed}" / other for seed in arguments.seeds]  # fmt: skip
+        if not all((folder / "right.json").exists() for folder in folders):
+            return None
+        found = [read_json(folder / "right.json") for folder in folders]
+        if not all(f"natural{part}" in one for one in found):
+            return None
+        return np.array([[*one[f"natural{part}"], *one[f"balanced{part}"]] for one in found], dtype=np.float64)
+
+    tests = {}
+    for part in ("", "/with"):
+        ours = right(name, part)
+        for other in dict.fromkeys((start, first)):
+            theirs = right(other, part)
+            if ours is not None and theirs is not None and other != name:
+                test = paired_bootstrap(ours, theirs)
+                tests[f"accuracy{part} against {other}"] = asdict(test)
+    return tests
 
 
 def cell(values: Sequence[float]) -> str:
@@ -158,6 +191,7 @@ def graded(
     folder.mkdir(parents=True, exist_ok=True)
     judge = CausalJudge(model)
     found: dict[str, float] = {}
+    right: dict[str, list[bool]] = {}
     for kind in ("natural", "balanced"):
         examples = shop_examples(shop, arguments.pairs, 7, split="test", balance=kind == "balanced")
         pairs, labels = [(e.query, e.item) for e in examples], np.array([e.grade for e in examples])
@@ -168,6 +202,7 @@ def graded(
                 [np.full(4, np.nan) if c.label is None else np.eye(4)[c.label] for c in chains]
             )  # without a label it abstains
             found |= figures(GRADES_4.output(sure), examples, kind, ("macro_f1", "good_f1", "accuracy", "kappa"))
+            right[kind] = [c.label == label for c, label in zip(chains, labels.tolist(), strict=True)]
         else:
             names = ("macro_f1", "good_f1", "accuracy", "kappa", "auc", "ece")
             chunks = [contexts.chunk(e.query, e.item) for e in examples]
@@ -176,6 +211,7 @@ def graded(
                 found |= figures(output, examples, prefix, names)
                 found[f"{prefix}/chance"] = float(output.probs[np.arange(len(labels)), labels].mean())
             without, with_chunk = (np.argmax(output.probs, 1) == labels for output in outputs)
+            right |= {kind: without.tolist(), f"{kind}/with": with_chunk.tolist()}
             kinds = np.array([(f"misleading {c.kind}" if c.misleading else c.kind) if c else "none" for c in chunks])
             for one in np.unique(kinds):
                 at = kinds == one
@@ -185,6 +221,7 @@ def graded(
             truth = [e.category for e in examples][: len(chains)], [e.attribute for e in examples][: len(chains)]
             found |= chain_metrics(chains, *truth, GRADES_4.labels(load_ontology().grade_table))  # type: ignore[arg-type]
     found = {key: float(value) for key, value in found.items() if value == value}
+    write_json(folder / "right.json", right)
     write_json(file, found)
     return found
 
