@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from taoemb.files import write_json, write_text
 from taoemb.index.bench import LIBRARIES, BenchRow
-from taoemb.report_charts import BOTTOM, LEFT, RIGHT, STYLE, TOP, WIDTH, compact, decimal, figure, svg
+from taoemb.report_charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, compact, decimal, figure, html_page, log_ticks, svg
 
 _CSS = """.num{fill:var(--bg);font-size:9px;font-weight:700;text-anchor:middle}.dot.n{width:17px;height:17px;color:var(--bg);
 font-size:10px;font-weight:700;text-align:center;line-height:17px;margin:0}.best td{background:var(--wash);font-weight:600}"""
@@ -61,7 +61,7 @@ def write_bench(
         "recommended": {"row": rows.index(best) if best else None, "min_recall": min_recall, "why": why},
     }  # fmt: skip
     write_json(folder / "bench.json", value)
-    page = _page(rows, meta, best, why).encode("utf-8", "replace").decode("utf-8")
+    page = _page(rows, meta, best, why)
     write_text(folder / "bench.html", page)
     return folder / "bench.html"
 
@@ -95,12 +95,7 @@ def _page(rows: Sequence[BenchRow], meta: Mapping[str, Any], best: BenchRow | No
         f'<div class="scroll">{_table(rows, numbers, best)}</div>',
         *(f'<p class="note">{escape(str(note))}</p>' for note in meta.get("notes", ())),
     ])  # fmt: skip
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Index benchmark</title><style>{STYLE}{_CSS}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
+    return html_page("Index benchmark", body, _CSS)
 
 
 def _color(number: int) -> int:
@@ -149,7 +144,7 @@ def _scatter(
         return bottom - (math.log10(value) - floor) / (ceiling - floor) * (bottom - TOP)
 
     parts = []
-    for value in _log_ticks(10**floor, 10**ceiling):
+    for value in log_ticks(10**floor, 10**ceiling):
         y = place_y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="end" x="{LEFT - 5}" y="{y + 3.5:.1f}">{compact(value)}</text>')
@@ -175,9 +170,3 @@ def _scatter(
 
 def _misses(recall: float) -> float:
     return -math.log10(max(1 - recall, 5e-4))
-
-
-def _log_ticks(low: float, high: float) -> Iterable[float]:
-    steps = (1, 2, 5) if high / low < 300 else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]

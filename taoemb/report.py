@@ -14,27 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from taoemb.evaluation import paired_bootstrap
 from taoemb.files import write_text
 from taoemb.report_charts import (
     BASELINE,
     CONTROL,
     OURS,
-    STYLE,
     Point,
-    bar_chart,
     color_of,
-    compact,
     decimal,
     difference_chart,
     duration,
     figure,
+    html_page,
+    metric_text,
     missing,
     number,
     ordered_systems,
+    p_text,
     scatter_chart,
+    stars,
 )  # fmt: skip
 from taoemb.report_details import (
     METRICS,
@@ -46,11 +45,9 @@ from taoemb.report_details import (
     label_of,
     read_json,
     read_logs,
+    slice_charts,
     training_curves,
 )
-
-MAX_SLICES = 12
-RESAMPLES = 2000
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -70,21 +67,21 @@ def write_report(run_dir: str | Path) -> Path:
         [
             _header(results, title),
             _results_table(results),
-            _slices(results, run_dir / "per_query.parquet"),
+            slice_charts(
+                run_dir / "per_query.parquet",
+                (results.headline, *results.metrics),
+                ours=OURS,
+                rival=results.rivals[0] if results.rivals else "",
+                ordered=ordered_systems,
+                color_of=color_of,
+            ),
             training_curves(*read_logs(run_dir / "logs")),
-            examples(run_dir / "examples.json"),
+            "<h2>Result lists, before and after</h2>" + examples(run_dir / "examples.json"),
             "<h2>Reference</h2>" + glossary(results.metrics),
             config_text(run_dir / "config.yaml"),
         ]
     )
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
-    page = page.encode("utf-8", "replace").decode("utf-8")  # a title may hold half a surrogate pair
-    write_text(run_dir / "report.html", page)
+    write_text(run_dir / "report.html", html_page(title, body))
     return run_dir / "report.html"
 
 
@@ -193,11 +190,11 @@ def _verdict(results: _Results) -> tuple[str, str]:
     if not np.isfinite(p):
         return "level", f"No verdict: the difference to {rival} is {gap}, but no paired test was recorded."
     if not p < 0.05:
-        kind, text = "level", f"{OURS} does not lead: the difference to {rival}, {gap}, is within chance ({_p(p)})"
+        kind, text = "level", f"{OURS} does not lead: the difference to {rival}, {gap}, is within chance ({p_text(p)})"
     elif difference > 0:
-        kind, text = "lead", f"{OURS} leads {rival} by {gap} ({_p(p)})"
+        kind, text = "lead", f"{OURS} leads {rival} by {gap} ({p_text(p)})"
     else:
-        kind, text = "behind", f"{OURS} does not lead: it is behind {rival}, {gap} ({_p(p)})"
+        kind, text = "behind", f"{OURS} does not lead: it is behind {rival}, {gap} ({p_text(p)})"
     return kind, text + "."
 
 
@@ -220,12 +217,6 @@ def _against(results: _Results) -> str:
         f'<table class="against"><thead><tr><th scope="col">{OURS} against</th><th scope="col">better on (p &lt; .05)'
         f'</th><th scope="col">worse on (p &lt; .05)</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
-
-
-def _p(p: float) -> str:
-    if p < 0.0001:
-        return "p < .0001"
-    return "p = " + decimal(p, 4 if p < 0.1 else 2).rstrip("0").rstrip(".")
 
 
 def _evaluator_note(meta: Mapping[str, Any]) -> str:
@@ -272,7 +263,7 @@ def _results_table(results: _Results) -> str:
     points = []
     for system in results.rivals:
         difference, low, high, p = results.test(results.headline, system)
-        text = decimal(difference, sign=True) + _stars(p)
+        text = decimal(difference, sign=True) + stars(p)
         points.append(Point(system, color_of(system), difference, low=low, high=high, text=text))
     charts = _tradeoffs(results)
     if points and OURS in results.systems:
@@ -292,83 +283,21 @@ def _results_table(results: _Results) -> str:
 
 def _cell(results: _Results, system: str, metric: str) -> str:
     value, direction = results.value(system, metric), direction_of(metric)
-    text = _metric_text(value)
+    text = metric_text(value)
     column = [results.value(s, metric) for s in results.systems]
     known = [v for v in column if np.isfinite(v)]
-    best = bool(direction and known) and text == _metric_text(max(known) if direction > 0 else min(known))
+    best = bool(direction and known) and text == metric_text(max(known) if direction > 0 else min(known))
     shown = f"<b>{text}</b>" if best and np.isfinite(value) else text
     if system != OURS:
         difference, low, high, p = results.test(metric, system)
-        if _stars(p):
+        if stars(p):
             least, middle, most = (decimal(v, sign=True) for v in (low, difference, high))
-            tip = f"{OURS} {middle} [{least}, {most}], {_p(p)}"
-            shown += f'<sup title="{escape(tip)}">{_stars(p)}</sup>'
+            tip = f"{OURS} {middle} [{least}, {most}], {p_text(p)}"
+            shown += f'<sup title="{escape(tip)}">{stars(p)}</sup>'
     change = value - results.value(BASELINE, metric)
     if system != BASELINE and np.isfinite(change):
         shown += f"<small>{decimal(change, sign=True)}</small>"
     return f"<td>{shown}</td>"
-
-
-def _metric_text(value: float) -> str:
-    return decimal(value) if not abs(value) >= 10 else compact(value)
-
-
-def _stars(p: float) -> str:
-    return "**" if p < 0.01 else "*" if p < 0.05 else ""
-
-
-def _slices(results: _Results, path: Path) -> str:
-    title = "<h2>Query slices</h2>"
-    if not path.exists():
-        return title + missing("No per_query.parquet in the run folder: the comparison per slice needs it.")
-    table = pq.read_table(path)
-    metric = next((m for m in (results.headline, *results.metrics) if m in table.column_names), results.headline)
-    absent = [name for name in ("system", "query_id", "slice", metric) if name not in table.column_names]
-    if absent:
-        return title + missing(f"per_query.parquet lacks {', '.join(absent)}: the comparison per slice needs it.")
-    cells: dict[str, dict[str, dict[str, float]]] = {}  # slice -> system -> query -> value
-    rows = zip(*(table.column(name).to_pylist() for name in ("system", "query_id", "slice", metric)), strict=True)
-    for system, query, part, value in rows:
-        cells.setdefault(part or "(no slice)", {}).setdefault(system, {})[query] = number(value)
-    sizes = {part: max(len(values) for values in systems.values()) for part, systems in cells.items()}
-    chosen = sorted(sizes, key=lambda part: (-sizes[part], part))[:MAX_SLICES]
-    bars = {part: [_bar(s, cells[part][s]) for s in ordered_systems(cells[part])] for part in chosen}
-    tops = [v for points in bars.values() for p in points for v in (p.x, p.high) if np.isfinite(v)]
-    limit = max([*tops, 1e-9])
-    figures = [
-        figure(f"{part}", bar_chart(f"{label_of(metric)}, slice {part}", points, limit), f"{sizes[part]:,} queries")
-        for part, points in bars.items()
-    ]
-    rival = results.rivals[0] if results.rivals else ""
-    gaps = [gap for part in chosen if (gap := _gap(part, cells[part].get(OURS, {}), cells[part].get(rival, {})))]
-    if gaps:
-        name = f"{OURS} minus {rival}"
-        chart = difference_chart(f"{name} per slice", gaps)
-        figures.append(figure(name, chart, "paired by query, with 95 % intervals"))
-    more = f" The {len(sizes) - MAX_SLICES} smallest slices are left out." if len(sizes) > MAX_SLICES else ""
-    note = (
-        f'<p class="note">Mean {escape(label_of(metric))} per slice with its 95 % bootstrap interval over queries. '
-        f"Bars whose intervals overlap can still differ: the paired differences tell.{more}</p>"
-    )
-    return f'{title}{note}<div class="charts">{"".join(figures)}</div>'
-
-
-def _bar(system: str, values: Mapping[str, float]) -> Point:
-    known = np.array([v for v in values.values() if np.isfinite(v)])
-    if not known.size:
-        return Point(system, color_of(system), np.nan)
-    test = paired_bootstrap(known, np.zeros_like(known), samples=RESAMPLES)
-    text = _metric_text(test.difference)
-    return Point(system, color_of(system), test.difference, low=test.ci_low, high=test.ci_high, text=text)
-
-
-def _gap(part: str, ours: Mapping[str, float], theirs: Mapping[str, float]) -> Point | None:
-    both = [q for q in ours if q in theirs and np.isfinite(ours[q]) and np.isfinite(theirs[q])]
-    if not both:
-        return None
-    test = paired_bootstrap([ours[q] for q in both], [theirs[q] for q in both], samples=RESAMPLES)
-    text = decimal(test.difference, sign=True) + _stars(test.p_value)
-    return Point(part, color_of(OURS), test.difference, low=test.ci_low, high=test.ci_high, text=text)
 
 
 def _tradeoffs(results: _Results) -> str:

@@ -87,7 +87,53 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
+def metric_text(value: float) -> str:
+    """A metric's value: three digits, or short where it is large."""
+    return decimal(value) if not abs(value) >= 10 else compact(value)
+
+
+def stars(p: float) -> str:
+    """** below .01, * below .05."""
+    return "**" if p < 0.01 else "*" if p < 0.05 else ""
+
+
+def p_text(p: float) -> str:
+    """A p-value; below what the number of resamples can tell, no figure.
+
+    >>> p_text(1 / 10_001), p_text(0.0213), p_text(0.5)
+    ('p < .0001', 'p = .0213', 'p = .5')
+    """
+    if p < 0.0001:
+        return "p < .0001"
+    return "p = " + decimal(p, 4 if p < 0.1 else 2).rstrip("0").rstrip(".")
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a plain-text table: the first column to the left, the others to the right.
+
+    >>> aligned([("", "a"), ("mean", ".5")])
+    ['       a', 'mean  .5']
+    """
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in table
+    ]  # fmt: skip
+
+
 # -------------------------------------------------------------------------------------------------- common elements
+
+
+def html_page(title: str, body: str, css: str = "") -> str:
+    """A whole page that loads nothing and runs no script."""
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(title)}</title><style>{STYLE}{css}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a title may hold half a surrogate pair
 
 
 def ordered_systems(names: Iterable[str]) -> list[str]:
@@ -168,6 +214,23 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten within ``[low, high]``; the powers alone where these span more than 300.
+
+    >>> log_ticks(0.4, 12)
+    [0.5, 1.0, 2.0, 5.0, 10.0]
+    """
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+
+
+def log_span(values: Floats, pad: float = 0.06) -> tuple[float, float]:
+    """`span` on a logarithmic axis: of positive values."""
+    low, high = span(np.log10(values), pad)
+    return 10.0**low, 10.0**high
+
+
 def span(values: Floats, pad: float = 0.06) -> tuple[float, float]:
     """A range that holds the known values with some air; never empty."""
     known = values[np.isfinite(values)]
@@ -177,12 +240,19 @@ def span(values: Floats, pad: float = 0.06) -> tuple[float, float]:
 
 
 class Frame:
-    """Axes of a chart: maps values to places and keeps what is drawn."""
+    """Axes of a chart: maps values to places and keeps what is drawn; with ``log_x`` the horizontal one is logarithmic."""
 
     def __init__(
-        self, x: tuple[float, float], y: tuple[float, float], height: int = 170, x_title: str = "", y_title: str = ""
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        height: int = 170,
+        x_title: str = "",
+        y_title: str = "",
+        *,
+        log_x: bool = False,
     ) -> None:
-        self.x, self.y, self.height = x, y, height
+        self.x, self.y, self.height, self.log_x = x, y, height, log_x
         self.parts: list[str] = []
         bottom = height - BOTTOM
         for value in ticks(*y):
@@ -190,7 +260,7 @@ class Frame:
             self.parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>')
             self.parts.append(f'<text class="end" x="{LEFT - 5}" y="{place + 3.5:.1f}">{compact(value)}</text>')
         room = WIDTH - RIGHT - 6.2 * len(x_title) - 16  # the title stands at the end of the row of ticks
-        for value in ticks(*x):
+        for value in log_ticks(*x) if log_x else ticks(*x):
             place = self.place_x(value)
             if place < room or not x_title:
                 self.parts.append(f'<path class="grid" d="M{place:.1f} {bottom}v3"/>')
@@ -203,7 +273,8 @@ class Frame:
 
     def place_x(self, value: float) -> float:
         """Horizontal place of a value; beyond the frame it sits on the edge."""
-        share = (value - self.x[0]) / (self.x[1] - self.x[0])
+        value, low, high = (math.log10(v) if self.log_x else v for v in (value, *self.x))
+        share = (value - low) / (high - low)
         return LEFT + min(1.0, max(0.0, share)) * (WIDTH - LEFT - RIGHT)
 
     def place_y(self, value: float) -> float:
@@ -239,6 +310,7 @@ def line_chart(
     from_zero: bool = False,
     marks: Sequence[float] = (),
     x_title: str = "step",
+    log_x: bool = False,
 ) -> str:
     """Raw values as light points and their running mean as a line; ``marks`` are vertical lines."""
     everything = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves])
@@ -246,7 +318,7 @@ def line_chart(
     limits = (0.0, max(high, 0.01)) if from_zero else (low, high)
     x = np.concatenate([curve.x for curve in curves])
     right = float(x.max())
-    frame = Frame((float(x.min()), right if right > x.min() else right + 1), limits, x_title=x_title)
+    frame = Frame((float(x.min()), right if right > x.min() else right + 1), limits, x_title=x_title, log_x=log_x)
     for mark in marks:
         frame.parts.append(f'<path class="mark" d="M{frame.place_x(mark):.1f} {TOP}V{frame.height - BOTTOM}"/>')
     for curve in curves:
@@ -342,10 +414,31 @@ _SHAPES = (  # around (0, 0), one for each of the usual systems, so that they do
 )  # fmt: skip
 
 
-def scatter_chart(label: str, points: Sequence[Point], x_title: str, y_title: str) -> str:
-    """A named mark per point."""
+def front(points: Iterable[tuple[float, ...]]) -> list[bool]:
+    """Which points no other one beats: is at least as high in every coordinate and higher in one (the Pareto front).
+
+    >>> front([(1, 2), (2, 1), (1, 1)])
+    [True, True, False]
+    """
+    known = list(points)
+    return [
+        not any(other != one and all(o >= v for o, v in zip(other, one, strict=True)) for other in known)
+        for one in known
+    ]
+
+
+def scatter_chart(
+    label: str, points: Sequence[Point], x_title: str, y_title: str, *, best: int = 0, log_x: bool = False
+) -> str:
+    """A named mark per point; ``best`` is 1 where more of x is better, -1 where less is: the Pareto front gets a line."""
     xs, ys = (np.array([getattr(p, axis) for p in points]) for axis in "xy")
-    frame = Frame(span(xs, 0.14), span(ys, 0.14), 240, x_title, y_title)
+    frame = Frame(log_span(xs, 0.14) if log_x else span(xs, 0.14), span(ys, 0.14), 240, x_title, y_title, log_x=log_x)
+    if best:
+        ahead = front([(best * p.x, p.y) for p in points])
+        line = sorted(
+            {(frame.place_x(p.x), frame.place_y(p.y)) for p, first in zip(points, ahead, strict=True) if first}
+        )
+        frame.parts.append(f'<path class="mark" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in line)}"/>')
     places = [(frame.place_x(p.x), frame.place_y(p.y)) for p in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
     taken.append((LEFT, TOP, LEFT + 6.3 * len(y_title), TOP + 12))

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
+from taoemb.evaluation import paired_bootstrap
 from taoemb.report_charts import (
     OURS,
     Curve,
     Floats,
+    Point,
+    bar_chart,
     color_of,
     compact,
     decimal,
+    difference_chart,
     duration,
     figure,
     line_chart,
+    metric_text,
     missing,
     number,
     ordered_systems,
     share_chart,
+    stars,
 )  # fmt: skip
 
 Logs = Mapping[str, Mapping[str, Floats]]
@@ -53,6 +60,8 @@ TIMES = {"refresh": 0, "retrieve": 7, "judge": 6, "forward": 8, "backward": 9}
 """Parts of a step, with their colours."""
 MAX_REFRESH_MARKS = 60
 OPEN_EXAMPLES = 2
+MAX_SLICES = 12
+RESAMPLES = 2000
 GRADES = {3: "excellent", 2: "related", 1: "mismatch", 0: "irrelevant"}
 
 
@@ -173,24 +182,94 @@ def _time_shares(name: str, log: Mapping[str, Floats]) -> str:
     return figure(title, share_chart(title, log["step"], parts), note, keys)
 
 
+# ------------------------------------------------------------------------------------------------------------ slices
+
+
+def slice_charts(
+    path: Path,
+    metrics: Sequence[str],
+    *,
+    ours: str,
+    rival: str,
+    ordered: Callable[[Iterable[str]], list[str]],
+    color_of: Callable[[str], int],
+) -> str:
+    """Bars of every system per slice from a ``per_query.parquet``, and ``ours`` minus ``rival``; of the first of the metrics
+    that is there."""
+    title = "<h2>Query slices</h2>"
+    if not path.exists():
+        return title + missing("No per_query.parquet in the run folder: the comparison per slice needs it.")
+    table = pq.read_table(path)
+    metric = next((m for m in metrics if m in table.column_names), metrics[0])
+    absent = [name for name in ("system", "query_id", "slice", metric) if name not in table.column_names]
+    if absent:
+        return title + missing(f"per_query.parquet lacks {', '.join(absent)}: the comparison per slice needs it.")
+    cells: dict[str, dict[str, dict[str, float]]] = {}  # slice -> system -> query -> value
+    rows = zip(*(table.column(name).to_pylist() for name in ("system", "query_id", "slice", metric)), strict=True)
+    for system, query, part, value in rows:
+        cells.setdefault(part or "(no slice)", {}).setdefault(system, {})[query] = number(value)
+    sizes = {part: max(len(values) for values in systems.values()) for part, systems in cells.items()}
+    chosen = sorted(sizes, key=lambda part: (-sizes[part], part))[:MAX_SLICES]
+    bars = {part: [_bar(s, color_of(s), cells[part][s]) for s in ordered(cells[part])] for part in chosen}
+    tops = [v for points in bars.values() for p in points for v in (p.x, p.high) if np.isfinite(v)]
+    limit = max([*tops, 1e-9])
+    figures = [
+        figure(f"{part}", bar_chart(f"{label_of(metric)}, slice {part}", points, limit), f"{sizes[part]:,} queries")
+        for part, points in bars.items()
+    ]
+    pairs = {part: (cells[part].get(ours, {}), cells[part].get(rival, {})) for part in chosen}
+    gaps = [gap for part, (a, b) in pairs.items() if (gap := _gap(part, color_of(ours), a, b))]
+    if gaps:
+        name = f"{ours} minus {rival}"
+        chart = difference_chart(f"{name} per slice", gaps)
+        figures.append(figure(name, chart, "paired by query, with 95 % intervals"))
+    more = f" The {len(sizes) - MAX_SLICES} smallest slices are left out." if len(sizes) > MAX_SLICES else ""
+    note = (
+        f'<p class="note">Mean {escape(label_of(metric))} per slice with its 95 % bootstrap interval over queries. '
+        f"Bars whose intervals overlap can still differ: the paired differences tell.{more}</p>"
+    )
+    return f'{title}{note}<div class="charts">{"".join(figures)}</div>'
+
+
+def _bar(system: str, color: int, values: Mapping[str, float]) -> Point:
+    known = np.array([v for v in values.values() if np.isfinite(v)])
+    if not known.size:
+        return Point(system, color, np.nan)
+    test = paired_bootstrap(known, np.zeros_like(known), samples=RESAMPLES)
+    return Point(system, color, test.difference, low=test.ci_low, high=test.ci_high, text=metric_text(test.difference))
+
+
+def _gap(part: str, color: int, ours: Mapping[str, float], theirs: Mapping[str, float]) -> Point | None:
+    both = [q for q in ours if q in theirs and np.isfinite(ours[q]) and np.isfinite(theirs[q])]
+    if not both:
+        return None
+    test = paired_bootstrap([ours[q] for q in both], [theirs[q] for q in both], samples=RESAMPLES)
+    text = decimal(test.difference, sign=True) + stars(test.p_value)
+    return Point(part, color, test.difference, low=test.ci_low, high=test.ci_high, text=text)
+
+
 # ---------------------------------------------------------------------------------------------------------- examples
 
 
 def examples(path: Path) -> str:
     """Result lists before and after, a fold-out per query."""
-    title = "<h2>Result lists, before and after</h2>"
     if not path.exists():
-        return title + missing("No examples.json in the run folder: there are no result lists to show.")
+        return missing("No examples.json in the run folder: there are no result lists to show.")
     found = read_json(path)
     pairs = [(e.get("before"), e.get("after")) for e in found if isinstance(e, dict)] if isinstance(found, list) else []
     if not isinstance(found, list) or sum(isinstance(b, dict) and isinstance(a, dict) for b, a in pairs) < len(found):
         raise ValueError(f"{path} is not a list of {{query, before, after}}; run the evaluation again")
     if not found:
-        return title + missing("examples.json holds no query.")
+        return missing("examples.json holds no query.")
+    return result_lists(found)
+
+
+def result_lists(found: Sequence[Mapping[str, Any]]) -> str:
+    """Two systems' lists (``before`` and ``after``) of some queries, a fold-out each."""
     legend = " ".join(f"{_badge(grade)} {word}" for grade, word in GRADES.items())
     legend += f" {_badge(None)} not graded"
     return (
-        f'{title}<p class="note">{legend}. q: item quality, 0 to 1. <span class="tag">BM25</span> BM25 finds the item '
+        f'<p class="note">{legend}. q: item quality, 0 to 1. <span class="tag">BM25</span> BM25 finds the item '
         'too, <span class="tag reach">not BM25</span> it does not. ▲ and ▼: places won and lost.</p>'
         + "".join(_example(example, i < OPEN_EXAMPLES) for i, example in enumerate(found))
     )

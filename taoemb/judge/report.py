@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from taoemb.files import write_json, write_text
 from taoemb.judge.adversarial import Attack
 from taoemb.judge.evaluation import BINS, LOW_MASS, Bin, Interval, JudgeEvaluation, Measures
-from taoemb.report_charts import STYLE, Frame, Point, bar_chart, decimal, figure, missing
+from taoemb.report_charts import Frame, Point, aligned, bar_chart, decimal, figure, html_page, missing
 from taoemb.report_details import Metric
 
 METRICS = {  # in the order of the table
@@ -59,19 +59,19 @@ def judge_text(evaluation: JudgeEvaluation) -> str:
     if overall.intervals:
         lines[0] += f"; in brackets 95 % over queries, {evaluation.bootstrap:,} draws"
     names = [name for name in (*METRICS, *(f"f1/{name}" for name in evaluation.scheme.names)) if name in overall.values]
-    lines += ["", *_aligned([(_label(n), decimal(overall.values[n]), _range(overall.intervals.get(n))) for n in names])]
+    lines += ["", *aligned([(_label(n), decimal(overall.values[n]), _range(overall.intervals.get(n))) for n in names])]
     if evaluation.slices:
         head = ("slice", "pairs", *(_label(name) for name in SLICE_METRICS))
         rows = [
             (name, f"{m.pairs:,}", *(decimal(m.values[x]) for x in SLICE_METRICS))
             for name, m in evaluation.slices.items()
         ]
-        lines += ["", *_aligned([head, *rows])]
+        lines += ["", *aligned([head, *rows])]
     if evaluation.attacks:
         head = ("attack", "pairs", "score change", "label rose", "fooled", "")
-        lines += ["", *_aligned([head, *(_attack_cells(one, one.kind) for one in evaluation.attacks)])]
+        lines += ["", *aligned([head, *(_attack_cells(one, one.kind) for one in evaluation.attacks)])]
     if evaluation.generated:
-        lines += ["", *_aligned([(_label(name), decimal(value)) for name, value in evaluation.generated.items()])]
+        lines += ["", *aligned([(_label(name), decimal(value)) for name, value in evaluation.generated.items()])]
     return "\n".join(lines)
 
 
@@ -83,17 +83,7 @@ def compare_text(evaluations: Sequence[JudgeEvaluation]) -> str:
         (_label(n), *(f"{decimal(one.values.get(n, math.nan))} {_range(one.overall.intervals.get(n))}" for one in evaluations))
         for n in names
     ]  # fmt: skip
-    return "\n".join(_aligned([("", *(one.judge for one in evaluations)), *rows]))
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    table = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in table
-    ]  # fmt: skip
+    return "\n".join(aligned([("", *(one.judge for one in evaluations)), *rows]))
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -112,7 +102,7 @@ def write_judge_report(
     folder, facts = Path(folder), dict(meta or {})
     judges = [one.to_json() for one in evaluations]
     write_json(folder / "judge.json", {"kind": "judge evaluation", "format": 1, "meta": facts, "judges": judges})
-    page = _page(evaluations, facts).encode("utf-8", "replace").decode("utf-8")
+    page = _page(evaluations, facts)
     write_text(folder / "judge.html", page)
     return folder / "judge.html"
 
@@ -150,12 +140,7 @@ def _page(evaluations: Sequence[JudgeEvaluation], meta: Mapping[str, Any]) -> st
         *(_charts(one, _color(place)) for place, one in enumerate(evaluations)),
         _slices(evaluations), _attacks(evaluations), _generated(evaluations), _glossary(evaluations),
     ])  # fmt: skip
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Judge evaluation</title><style>{STYLE}{_CSS}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
-    )
+    return html_page("Judge evaluation", body, _CSS)
 
 
 def _verdict(evaluations: Sequence[JudgeEvaluation]) -> str:
