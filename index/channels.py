@@ -248,6 +248,12 @@ class BM25Channel(RankedChannel):
         """Number of items ``N``."""
         return len(self._ids)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the scores that it holds, without ids and vocabulary."""
+        arrays = () if self._retriever is None else self._retriever.scores.values()
+        return sum(int(getattr(array, "nbytes", 0)) for array in arrays)
+
     def terms(self, text: str) -> list[str]:
         """The terms of a text, in order and with repetitions.
 

@@ -386,6 +386,9 @@ def _items_file(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; a catalog is a folder with items.parquet, .jsonl or .csv")
     file = _find(folder, ITEMS.name)
+    if file is None and (folder / "corpus.jsonl").exists():
+        raise FileNotFoundError(f"{folder} is a BEIR folder (corpus.jsonl), no catalog; make one of it with "
+                                f"`taoemb data import beir {folder} --out CATALOG` and give that")  # fmt: skip
     if file is None:
         raise FileNotFoundError(f"{folder} holds no items.parquet, items.jsonl or items.csv")
     return file

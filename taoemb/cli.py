@@ -1,4 +1,4 @@
-"""The command line: ``taoemb demo | data | encode | index | search | train | evaluate | judge``."""
+"""The command line: ``taoemb demo | data | encode | index | search | train | evaluate | judge | benchmark``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional, cast
 import typer
 
 from taoemb import __version__
+from taoemb.cli_compare import benchmark, evaluate
 from taoemb.cli_index import index_app
 from taoemb.cli_judge import judge_app
 from taoemb.cli_shared import Backend, Out, Seed, told_apart
@@ -284,80 +285,8 @@ def _train(config: Any, out: Path) -> None:
     typer.echo(f"{spent}; look at {out / 'report.html'}", err=True)
 
 
-@app.command()
-@told_apart
-def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model folders or hub ids; RUN/model for a trained run.")],
-    data: Annotated[Path, typer.Option(help="Catalog folder with queries and qrels.")],
-    split: Annotated[str, typer.Option(help="Queries of this split that have grades; empty for all.")] = "test",
-    quality_column: Annotated[str, typer.Option(help="Numeric item column in [0, 1].")] = "quality",
-    channel: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="TREC run file of a channel beside BM25 for overlap and exclusive figures; may be repeated."),
-    ] = None,
-    judge: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Settings of a judge in one word, such as 'kind=mean', which grades what the systems find in the place of the "
-            "catalog's grades."
-        ),
-    ] = None,
-    pool: Annotated[int, typer.Option(help="How much of each system's Top the judge grades.")] = 20,
-) -> None:
-    """Compare models and BM25 on a catalog's graded queries, or on any queries by a judge."""
-    from taoemb.catalog import Catalog
-    from taoemb.comparison import compare
-    from taoemb.encoder import Encoder
-    from taoemb.index.channels import BM25Channel
-    from taoemb.index.exact import ExactIndex
-    from taoemb.index.runs import RunChannel
-    from taoemb.rewards import item_quality
-    from taoemb.store import encode_corpus
-
-    catalog = Catalog.load(data)
-    graded = [q.id for q in catalog.queries if (judge or q.id in catalog.qrels) and split in ("", q.split)]
-    if not graded:
-        have = sorted({q.split or "(none)" for q in catalog.queries if judge or q.id in catalog.qrels})
-        raise ValueError(f"{data} has no {'' if judge else 'graded '}query of split {split!r}; its {'' if judge else 'graded '}queries are of "
-                         f"{have or 'no split'}: use --split '' for all")  # fmt: skip
-    queries = catalog.queries.select(ids=graded)
-    runs = [RunChannel.load(file, catalog.queries, catalog.items.ids) for file in channel or []]
-    for run in runs:
-        run.top(queries.texts, 1)  # it must hold every query: better said before the catalog is encoded
-    encoders = {}
-    for name in models:
-        encoder = Encoder(name)
-        encoders[name] = encoder, ExactIndex.build(encode_corpus(encoder, catalog.items))
-    texts = next(iter(encoders.values()))[0].template.texts(catalog.items)  # what the first model reads
-    bm25 = BM25Channel.build(catalog.items.ids, texts)
-    evaluator = None
-    if judge:
-        from taoemb.cli_judge import judged_pool
-
-        tops = [bm25.top(queries.texts, pool)]
-        tops += [
-            index.search(encoder.encode_query(queries.texts), pool)[0].tolist() for encoder, index in encoders.values()
-        ]
-        catalog, evaluator = judged_pool(catalog, queries, tops, judge)
-    for name in models:
-        _warn_of_the_same_judge(name, evaluator)
-    comparison = compare(catalog, queries, encoders, bm25, channels=[bm25, *runs],
-                         quality_N=item_quality(catalog.items, quality_column), top_n=100)  # fmt: skip
-    typer.echo(comparison.text())
-
-
-def _warn_of_the_same_judge(model: str, evaluator: str | None) -> None:
-    """A model that was trained against a judge is not to be measured by it without a word."""
-    from taoemb.files import read_json
-
-    file = Path(model).parent / "judge" / "judge.json"
-    reward = read_json(file) if Path(model).name == "model" and file.is_file() else {}
-    if reward and evaluator == reward["fingerprint"]:
-        typer.echo(f"warning: the judge {reward['name']} that evaluates also gave the reward of {model}: gains may be nothing but agreement "
-                   "with it; use another judge, or grades of people", err=True)  # fmt: skip
-    elif reward and evaluator is None and reward["kind"] == "oracle":
-        typer.echo(f"warning: the reward of {model} came from a catalog's grades (judge oracle): if they are made as these are, read its "
-                   "gains as an upper bound, for a judge without errors", err=True)  # fmt: skip
+app.command()(evaluate)
+app.command()(benchmark)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Backend = Annotated[
         help="What computes embeddings: torch, or on a CPU onnx, onnx-int8, openvino, openvino-bf16, openvino-int8."
     ),
 ]
-RESUMES = ("demo", "train", "encode", "index_refresh", "judge_score", "judge_train", "judge_distill")
+RESUMES = ("demo", "train", "encode", "index_refresh", "judge_score", "judge_train", "judge_distill", "benchmark")
 
 
 def told_apart(command: F) -> F:

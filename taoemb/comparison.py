@@ -52,23 +52,25 @@ class Comparison:
 
     def tests(self) -> dict[str, dict[str, dict[str, float]]]:
         """metric -> other system -> paired bootstrap of Retrieval-GRPO against it."""
-        if OURS not in self.evaluations:
-            return {}
-        ours = self.evaluations[OURS]
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for metric in ours.per_query:
-            for name, other in self.evaluations.items():
-                both = np.isfinite(ours.per_query[metric]) & np.isfinite(other.per_query[metric])
-                if name == OURS or both.sum() < 2:
-                    continue
-                test = paired_bootstrap(ours.per_query[metric], other.per_query[metric])
-                found.setdefault(metric, {})[name] = {
-                    "difference": test.difference,
-                    "ci_low": test.ci_low,
-                    "ci_high": test.ci_high,
-                    "p_value": test.p_value,
-                }
+        for metric in self.evaluations[OURS].per_query if OURS in self.evaluations else ():
+            for name in self.evaluations:
+                if name != OURS and (test := self.test(metric, OURS, name)):
+                    found.setdefault(metric, {})[name] = test
         return found
+
+    def test(self, metric: str, a: str, b: str) -> dict[str, float] | None:
+        """Paired bootstrap of system ``a`` against ``b``; None where fewer than two queries have a value in both."""
+        values, others = (self.evaluations[name].per_query[metric] for name in (a, b))
+        if (np.isfinite(values) & np.isfinite(others)).sum() < 2:
+            return None
+        test = paired_bootstrap(values, others)
+        return {
+            "difference": test.difference,
+            "ci_low": test.ci_low,
+            "ci_high": test.ci_high,
+            "p_value": test.p_value,
+        }
 
     def text(self, phases: Mapping[str, Mapping[str, float]] | None = None) -> str:
         """The table as plain text, with the significance of Retrieval-GRPO's lead where it takes part."""
@@ -89,15 +91,7 @@ class Comparison:
 
     def save(self, run_dir: Path, meta: Mapping[str, Any], phases: Mapping[str, Mapping[str, float]]) -> None:
         """Write ``per_query.parquet``, ``examples.json`` and ``metrics.json`` into a run folder."""
-        slices = [query.slice for query in self.queries]
-        rows: dict[str, list[Any]] = {"system": [], "query_id": [], "slice": []}
-        for name, evaluation in self.evaluations.items():
-            rows["system"] += [name] * len(evaluation.query_ids)
-            rows["query_id"] += evaluation.query_ids
-            rows["slice"] += slices
-            for metric, values in evaluation.per_query.items():
-                rows.setdefault(metric, []).extend(None if np.isnan(v) else v for v in values.tolist())
-        write_table(pa.table(rows), run_dir / "per_query.parquet")
+        write_table(self.per_query(), run_dir / "per_query.parquet")
         write_json(run_dir / "examples.json", self.examples())
         metrics = {
             "systems": self.table(),
@@ -108,10 +102,22 @@ class Comparison:
         }
         write_json(run_dir / "metrics.json", metrics)
 
-    def examples(self) -> list[dict[str, Any]]:
-        """Before and after for a dozen queries: each slice's in turn, spread over gains and losses of nDCG@10."""
-        before, after = (self.evaluations[s].per_query["ndcg@10"] for s in (BASELINE, OURS))
-        gain = np.nan_to_num(after - before)
+    def per_query(self) -> pa.Table:
+        """A row per system and query: ``system``, ``query_id``, ``slice`` and every metric, null where it has no meaning."""
+        slices = [query.slice for query in self.queries]
+        rows: dict[str, list[Any]] = {"system": [], "query_id": [], "slice": []}
+        for name, evaluation in self.evaluations.items():
+            rows["system"] += [name] * len(evaluation.query_ids)
+            rows["query_id"] += evaluation.query_ids
+            rows["slice"] += slices
+            for metric, values in evaluation.per_query.items():
+                rows.setdefault(metric, []).extend(None if np.isnan(v) else v for v in values.tolist())
+        return pa.table(rows)
+
+    def examples(self, before: str = BASELINE, after: str = OURS) -> list[dict[str, Any]]:
+        """Two systems' lists of a dozen queries: each slice's in turn, spread over gains and losses of nDCG@10."""
+        worth = [self.evaluations[system].per_query["ndcg@10"] for system in (before, after)]
+        gain = np.nan_to_num(worth[1] - worth[0])
         by_slice: dict[str, list[int]] = {}
         for i in np.argsort(-gain, kind="stable").tolist():
             by_slice.setdefault(self.queries[i].slice, []).append(i)
@@ -125,8 +131,8 @@ class Comparison:
                 "query_id": self.queries[i].id,
                 "query": self.queries[i].text,
                 "slice": self.queries[i].slice,
-                "before": self._example(BASELINE, i),
-                "after": self._example(OURS, i),
+                "before": self._example(before, i),
+                "after": self._example(after, i),
             }
             for i in chosen[:EXAMPLES]
         ]
@@ -172,17 +178,21 @@ def compare(
     channels: Sequence[Channel],
     quality_N: npt.NDArray[np.float64],
     top_n: int,
+    runs: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    metrics: Sequence[str] = METRICS,
+    depth: int = DEPTH,
 ) -> Comparison:
     """Search the test queries with every system by exact search and evaluate the runs against the catalog's grades.
 
     Where most pairs are unjudged the plain figures favour the system that filled the pool: ``judged@10``,
     ``condensed_ndcg@10`` and ``auc`` are reported too. ``channels`` are the recall channels for overlap (several: with any,
-    and with each) and exclusive good rate, with their Top-``top_n``.
+    and with each) and exclusive good rate, with their Top-``top_n``. ``runs`` are further systems: item ids per query, best
+    first; what they do not list has score 0 in the AUC. ``depth`` ranks of each system are evaluated.
 
     Raises ValueError for no channel, two of the same name, or one that cannot answer for a query.
     """
     pooled = catalog.unjudged is None
-    metrics = (*METRICS, "judged@10") if pooled else METRICS
+    metrics = (*metrics, "judged@10") if pooled else metrics
     tops = {
         name: dict(zip(queries.ids, channel.top(queries.texts, top_n), strict=True))
         for name, channel in ranked_channels(channels).items()
@@ -218,10 +228,32 @@ def compare(
 
     if bm25 is not None:  # an item without a common term has score 0: it is no result, and below all others in the AUC
         rows = zip(queries.texts, places, strict=True)
-        add("bm25", bm25.search(queries.texts, DEPTH), (bm25.scores(text, graded) for text, graded in rows), 0.0)
+        add("bm25", bm25.search(queries.texts, depth), (bm25.scores(text, graded) for text, graded in rows), 0.0)
     for name, (encoder, index) in encoders.items():
         query_QD = encoder.encode_query(queries.texts)
         scores = (index.vectors[graded] @ vector for vector, graded in zip(query_QD, places, strict=True))
-        add(name, index.search(query_QD, DEPTH), scores, -np.inf)
+        add(name, index.search(query_QD, depth), scores, -np.inf)
+    for name, tops_Q in (runs or {}).items():
+        ids, ranks = _padded(tops_Q, depth)
+        worth = (
+            {item: score for item, score in zip(*row, strict=True) if item}
+            for row in zip(ids.tolist(), ranks.tolist(), strict=True)
+        )
+        listed = (
+            np.array([of.get(i, 0.0) for i in graded], np.float32)
+            for of, graded in zip(worth, grades.values(), strict=True)
+        )
+        add(name, (ids, ranks), listed, 0.0)
     found = {query: {item for top in tops.values() for item in top[query]} for query in queries.ids}
     return Comparison(catalog, queries, evaluations, lists, found, quality)
+
+
+def _padded(tops: Sequence[Sequence[str]], depth: int) -> SearchResult:
+    """Lists of items as a search result, with scores that fall from the number of ranks to 1."""
+    ids = np.full((len(tops), depth), "", dtype=object)
+    scores = np.full((len(tops), depth), -np.inf, dtype=np.float32)
+    for row, top in enumerate(tops):
+        found = list(top[:depth])
+        ids[row, : len(found)] = found
+        scores[row, : len(found)] = depth - np.arange(len(found))
+    return ids, scores

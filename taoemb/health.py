@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from taoemb.candidates import Group
 
@@ -46,7 +47,11 @@ def group_health(group: Group, names: Sequence[str]) -> dict[str, float]:
         metrics[f"reward/{name}/mean"] = float(known.mean()) if known.size else float("nan")
         metrics[f"reward/{name}/std"] = float(known.std()) if known.size else float("nan")
         metrics[f"reward/{name}/abstained"] = 1 - known.size / max(1, values.size)
-    counts = np.unique(group.items_BK, return_counts=True)[1]
-    spread = counts.std()
-    metrics["hubness_skew"] = float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0
+    metrics["hubness_skew"] = hubness(np.unique(group.items_BK, return_counts=True)[1])
     return metrics
+
+
+def hubness(counts: npt.NDArray[np.int64]) -> float:
+    """Skew of the numbers of lists that the items shown are in: high where few items crowd many lists; 0 where all are alike."""
+    spread = counts.std()
+    return float(((counts - counts.mean()) ** 3).mean() / spread**3) if spread else 0.0

@@ -358,6 +358,8 @@ METRICS = {  # name before @, in the order of the table
         "while the goodrate holds: an unrelated item overlaps with nothing."),
     "exclusive_goodrate": Metric("Exclusive goodrate", 1, "Share of the Top-k that is good and that no channel "
         "finds: what this system adds."),
+    "hubness": Metric("Hubness", 0, "Skew of the numbers of queries in whose Top-k an item is: the higher, the more a few items crowd "
+        "the lists."),
     "auc": Metric("AUC", 1, "Probability that an item of grade 3 scores higher than one of grade 0, at any rank."),
     "judged": Metric("Judged", 0, "Share of the Top-k that has a grade: how far the other figures can be trusted, "
         "not how good the list is."),
@@ -395,12 +397,12 @@ def direction_of(metric: str) -> int:
     return METRICS[base_of(metric)].direction if base_of(metric) in METRICS else 0
 
 
-def glossary(metrics: Sequence[str]) -> str:
+def glossary(metrics: Sequence[str], words: Mapping[str, str] = TERMS) -> str:
     """What these metrics and the words of the page mean, folded."""
     unknown = Metric("", 0, "No description is known for this metric.")
     entries = {metric: METRICS.get(base_of(metric), unknown).meaning for metric in metrics}
     rows = "".join(f"<dt><code>{escape(name)}</code></dt><dd>{escape(text)}</dd>" for name, text in entries.items())
-    rows += "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in TERMS.items())
+    rows += "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in words.items())
     return f'<details><summary>Glossary of metrics and words</summary><dl class="glossary">{rows}</dl></details>'
 
 
