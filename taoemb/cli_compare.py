@@ -180,7 +180,7 @@ def _meta(comparison: Comparison, systems: Systems, asked: _Asked) -> dict[str, 
         "unjudged": "not known" if catalog.unjudged is None else "irrelevant",
         "channels": ", ".join(["bm25", *(file.name for file in asked.channels)]),
         "depth": asked.depth,
-        "device": f"{', '.join(devices)}, {torch.get_num_threads()} threads",
+        "device": f"{', '.join(devices)}, {torch.get_num_threads()} thread(s)",
         "version": __version__,
     }
 
