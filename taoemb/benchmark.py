@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ RRF_K = 60
 """Constant of reciprocal rank fusion; the value of its authors (Cormack et al., SIGIR 2009)."""
 TIMED_QUERIES = 100
 """Queries that are timed, one at a time; our choice."""
-BM25, COSTS = "bm25", "costs.json"
+BM25, COSTS, NO_SLICE = "bm25", "costs.json", "(no slice)"
 
 Cost = dict[str, float | None]
 """`COST_FIELDS` -> figure, None where it is not known."""
@@ -60,10 +61,12 @@ class Systems:
 
     def tops(self, texts: Sequence[str], k: int) -> dict[str, list[list[str]]]:
         """system -> query -> ids of its Top-k, best first."""
-        found = {BM25: self.bm25.top(texts, k)}
-        for name, (encoder, index) in self.encoders.items():
-            found[name] = [[i for i in row if i] for row in index.search(encoder.encode_query(texts), k)[0].tolist()]
-        return found | {name: run.top(texts, k) for name, run in self.runs.items()}
+        dense = {name: _top(*parts, texts, k) for name, parts in self.encoders.items()}
+        return {BM25: self.bm25.top(texts, k), **dense, **{name: run.top(texts, k) for name, run in self.runs.items()}}
+
+
+def _top(encoder: Encoder, index: ExactIndex, texts: Sequence[str], k: int) -> list[list[str]]:
+    return [[item for item in row if item] for row in index.search(encoder.encode_query(texts), k)[0].tolist()]
 
 
 def sources_of(systems: Sequence[str]) -> dict[str, str]:
@@ -134,11 +137,14 @@ def prepare(
     template = next((encoder.template for encoder, _ in systems.encoders.values()), ItemTemplate())
     BM25Channel.build(["warm"], ["warm"])  # its library loads late, which is no cost of the catalog
     start = time.perf_counter()
-    systems.bm25 = BM25Channel.build(catalog.items.ids, template.texts(catalog.items))
+    texts = template.texts(catalog.items)
+    systems.bm25 = BM25Channel.build(catalog.items.ids, texts)
+    spent = time.perf_counter() - start
     if folder is not None:
-        if BM25 not in costs.values:
-            costs.put(BM25, prepare_seconds=time.perf_counter() - start)
-        systems.costs = _measure(systems, queries.texts, costs)
+        key = f"{BM25}-{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}"
+        if key not in costs.values:
+            costs.put(key, prepare_seconds=spent)
+        systems.costs = _measure(systems, queries.texts, costs, key)
     return systems
 
 
@@ -176,11 +182,11 @@ def _encoded(encoder: Encoder, items: Items, folder: Path | None, costs: _Costs,
             costs.put(key, prepare_seconds=before + time.perf_counter() - start)
 
 
-def _measure(systems: Systems, texts: Sequence[str], costs: _Costs) -> dict[str, Cost]:
-    """Cost of each system; a run file's is not known."""
-    if "query_ms" not in costs.values[BM25]:
-        costs.put(BM25, query_ms=_query_ms(lambda text: systems.bm25.search([text], 100), texts))
-    found: dict[str, Cost] = {BM25: {"item_encodings": 0, "index_mb": systems.bm25.nbytes / 1e6, **costs.values[BM25]}}
+def _measure(systems: Systems, texts: Sequence[str], costs: _Costs, bm25: str) -> dict[str, Cost]:
+    """Cost of each system; a run file's is not known. ``bm25`` is the key of what is known of BM25."""
+    if "query_ms" not in costs.values[bm25]:
+        costs.put(bm25, query_ms=_query_ms(lambda text: systems.bm25.search([text], 100), texts))
+    found: dict[str, Cost] = {BM25: {"item_encodings": 0, "index_mb": systems.bm25.nbytes / 1e6, **costs.values[bm25]}}
     for name, (encoder, index) in systems.encoders.items():
         key = encoder.fingerprint[:16]
         if "query_ms" not in costs.values.get(key, {}):
@@ -229,18 +235,20 @@ def fuse(lists: Iterable[Sequence[Sequence[str]]], depth: int) -> list[list[str]
     return fused
 
 
-def add_fusion(systems: Systems, texts: Sequence[str], depth: int) -> dict[str, list[list[str]]]:
-    """system -> lists of the run files, and of BM25 fused with the first model, whose costs are their sums."""
-    tops = systems.tops(texts, depth)
-    listed = {name: tops[name] for name in systems.runs}
-    for model in list(systems.encoders)[:1]:
+def listed(systems: Systems, texts: Sequence[str], depth: int, fusion: bool = True) -> dict[str, list[list[str]]]:
+    """system -> lists of the run files and, with ``fusion``, of BM25 fused with the first model, whose costs are their sums."""
+    lists = {name: run.top(texts, depth) for name, run in systems.runs.items()}
+    for model, parts in list(systems.encoders.items())[: int(fusion)]:
         name = fusion_name(model)
-        listed[name] = fuse([tops[BM25], tops[model]], depth)
-        systems.costs[name] = {
-            f: None if None in (a := [systems.costs[s].get(f) for s in (BM25, model)]) else sum(v for v in a if v is not None)
-            for f in COST_FIELDS
-        }  # fmt: skip
-    return listed
+        lists[name] = fuse([systems.bm25.top(texts, depth), _top(*parts, texts, depth)], depth)
+        both = systems.costs[BM25], systems.costs[model]
+        systems.costs[name] = {f: _sum([cost.get(f) for cost in both]) for f in COST_FIELDS}
+    return lists
+
+
+def _sum(figures: Iterable[float | None]) -> float | None:
+    known = list(figures)
+    return None if None in known else sum(v for v in known if v is not None)
 
 
 def fusion_name(model: str) -> str:
@@ -299,9 +307,10 @@ def write_results(
     ahead = front([tuple(table[name][m] for m in objectives) for name in order])
     sizes: dict[str, int] = {}
     for query in comparison.queries:
-        sizes[query.slice] = sizes.get(query.slice, 0) + 1
+        sizes[query.slice or NO_SLICE] = sizes.get(query.slice or NO_SLICE, 0) + 1
     slices = {
-        name: comparison.evaluations[name].by_slice({q.id: q.slice for q in comparison.queries}) for name in order
+        name: comparison.evaluations[name].by_slice({q.id: q.slice or NO_SLICE for q in comparison.queries})
+        for name in order
     }
     write_json(folder / "benchmark.json", {
         "kind": "benchmark", "format": 1, "order": order, "against": against, "meta": dict(meta),

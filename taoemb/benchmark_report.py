@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from taoemb.benchmark import RRF_K, headline_of, read_results
+from taoemb.benchmark import NO_SLICE, RRF_K, headline_of, read_results
 from taoemb.files import write_text
 from taoemb.report_charts import (
     Curve,
@@ -103,9 +103,7 @@ def write_page(folder: Path) -> Path:
     )  # fmt: skip
     body = "\n".join([
         _header(page), _table(page), _cost(page), _objectives(page),
-        slice_charts(folder / "per_query.parquet", (page.headline,), ours=rival, rival=page.against, ordered=page.ordered,
-                     color_of=page.color),
-        lists, _people(page), "<h2>Reference</h2>" + glossary(page.metrics, _WORDS),
+        _slices(page, folder / "per_query.parquet", rival), lists, _people(page), "<h2>Reference</h2>" + glossary(page.metrics, _WORDS),
         f"<details><summary>The table as plain text</summary><pre>{escape(table_text(page.raw))}</pre></details>",
     ])  # fmt: skip
     write_text(folder / "benchmark.html", html_page("taoemb benchmark", body))
@@ -321,6 +319,16 @@ def _objectives(page: _Page) -> str:
         f'<div class="charts">{"".join(plots)}</div><p class="note">{escape(name)} is relevance; quality is a column of the items; '
         "exclusive goodrate is what a system adds to the channels, so that BM25, which is a channel, has none. Overlap is in the table.</p>"
     )  # fmt: skip
+
+
+def _slices(page: _Page, path: Path, rival: str) -> str:
+    if set(page.raw["slices"]) == {NO_SLICE}:
+        return "<h2>Query slices</h2>" + missing(
+            "The queries have no slices: a column slice in queries says which ones to look at apart."
+        )
+    return slice_charts(
+        path, (page.headline,), ours=rival, rival=page.against, ordered=page.ordered, color_of=page.color
+    )
 
 
 def _people(page: _Page) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -34,7 +35,9 @@ Name = Optional[str]  # noqa: UP045
 
 @told_apart
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model folders or hub ids; RUN/model for a trained run.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Model folders or hub ids, RUN/model for a trained run, or TREC run files.")
+    ],
     data: Annotated[Path, typer.Option(help="Catalog folder with queries and qrels.")],
     split: Split = "test",
     quality_column: QualityColumn = "quality",
@@ -126,7 +129,7 @@ class _Asked:
 
 def _compared(sources: dict[str, str], asked: _Asked) -> tuple[Comparison, Systems]:
     """Load the catalog, prepare the systems, let the judge grade where there is one, and compare."""
-    from taoemb.benchmark import add_fusion, chosen_queries, metrics_to, prepare
+    from taoemb.benchmark import chosen_queries, listed, metrics_to, prepare
     from taoemb.catalog import Catalog
     from taoemb.comparison import DEPTH, METRICS, compare
     from taoemb.index.runs import RunChannel
@@ -139,18 +142,24 @@ def _compared(sources: dict[str, str], asked: _Asked) -> tuple[Comparison, Syste
     for run in channels:
         run.top(queries.texts, 1)  # it must hold every query: better said before the catalog is encoded
     systems = prepare(sources, catalog, queries, asked.folder, progress=asked.folder is not None)
+    depth = asked.depth or DEPTH
+    runs = listed(systems, queries.texts, depth, fusion=asked.depth > 0)
     evaluator = None
     if asked.judge:
         from taoemb.cli_judge import judged_pool
 
-        tops = list(systems.tops(queries.texts, asked.pool).values())
-        catalog, evaluator = judged_pool(catalog, queries, tops, asked.judge)
+        tops = systems.tops(queries.texts, asked.pool) | {
+            name: [t[: asked.pool] for t in top] for name, top in runs.items()
+        }
+        verdicts = (
+            asked.folder / "judge" / hashlib.sha256(asked.judge.encode()).hexdigest()[:8] if asked.folder else None
+        )
+        catalog, evaluator = judged_pool(catalog, queries, list(tops.values()), asked.judge, verdicts)
     for source in sources.values():
         _warn_of_the_same_judge(source, evaluator)
-    runs = add_fusion(systems, queries.texts, asked.depth) if asked.depth else {}
     return compare(
         catalog, queries, systems.encoders, systems.bm25, channels=[systems.bm25, *channels], quality_N=quality_N, top_n=100,
-        runs=runs, metrics=metrics_to(asked.depth) if asked.depth else METRICS, depth=asked.depth or DEPTH,
+        runs=runs, metrics=metrics_to(asked.depth) if asked.depth else METRICS, depth=depth,
     ), systems  # fmt: skip
 
 

@@ -250,14 +250,19 @@ def judge_serve(
 
 
 def judged_pool(
-    catalog: Catalog, queries: QuerySet, tops: Sequence[Sequence[Sequence[str]]], words: str
+    catalog: Catalog,
+    queries: QuerySet,
+    tops: Sequence[Sequence[Sequence[str]]],
+    words: str,
+    folder: Path | None = None,
 ) -> tuple[Catalog, str]:
     """The catalog with a judge's grades of what systems found (system -> query -> item ids) and nothing else graded, and the judge's
-    fingerprint. A grade is that of the most probable label; where the judge abstains there is none."""
+    fingerprint. A grade is that of the most probable label; where the judge abstains there is none. ``folder`` keeps the
+    verdicts of judges that keep any."""
     from taoemb.judge.schemes import scheme_of
 
     with tempfile.TemporaryDirectory() as scratch:
-        builder = _builder(catalog, words, Path(scratch))
+        builder = _builder(catalog, words, folder or Path(scratch))
         pairs = [
             (query, item_id)
             for n, query in enumerate(queries)

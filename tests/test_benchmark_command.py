@@ -112,8 +112,8 @@ def test_figures_are_those_of_brute_force(bench, tiny, static_model):
     assert raw["tests"]["ndcg@10"]["good"] == {
         "difference": test.difference, "ci_low": test.ci_low, "ci_high": test.ci_high, "p_value": test.p_value,
     }  # fmt: skip
-    assert raw["slices"].keys() == {""}
-    assert raw["slices"][""]["systems"]["good"]["ndcg@10"] == pytest.approx(column["good"].mean())
+    assert raw["slices"].keys() == {"(no slice)"}
+    assert raw["slices"]["(no slice)"]["systems"]["good"]["ndcg@10"] == pytest.approx(column["good"].mean())
     assert raw["recall_curve"]["static"]["20"] == pytest.approx(
         np.mean([found["static", q]["recall@20"] for q in catalog.queries.ids])
     )
@@ -259,6 +259,7 @@ def test_unjudged_pairs_are_told(static_model, tiny, tmp_path):
     assert judged.exit_code == 0, judged.output
     raw = json.loads((tmp_path / "judged" / "benchmark.json").read_text())
     assert raw["meta"]["graded_by"] == "judge (kind=soft_logic)"
+    assert raw["systems"]["bm25+static"]["judged@10"] == 1  # the fusion's own Top is graded too
     assert "overlap@10/bad" in raw["systems"]["static"]
 
 
@@ -423,3 +424,14 @@ def test_mistakes(bench, tiny, static_model, small_shop_folder, tmp_path):
     (tmp_path / "page" / "benchmark.json").write_text('{"kind": "other"}')
     with pytest.raises(ValueError, match="run it again"):
         write_page(tmp_path / "page")
+
+
+def test_evaluate_is_the_short_form(bench, tiny, static_model):
+    result = taoemb_cli("evaluate", static_model, tiny.parent / "good.trec", "--data", tiny)
+    assert result.exit_code == 0, result.output
+    head, *rows = result.stdout.splitlines()
+    table = {row.split()[0]: dict(zip(head.split(), row.split()[1:], strict=True)) for row in rows}
+    assert list(table) == ["bm25", str(static_model), str(tiny.parent / "good.trec")]
+    for name, system in ((str(static_model), "static"), (str(tiny.parent / "good.trec"), "good")):
+        for metric in ("ndcg@10", "recall@100", "overlap@10", "quality@10"):
+            assert table[name][metric] == f"{bench[3]['systems'][system][metric]:.3f}"
