@@ -99,7 +99,7 @@ def write_page(folder: Path) -> Path:
     lists = (
         f"<h2>Result lists: {escape(page.against)} and {escape(rival)}</h2>"
         + '<p class="note">Left the system compared against, right the other: a dozen queries, spread over slices and over the gains and '
-        "losses of nDCG@10.</p>" + result_lists(page.raw["examples"])
+        "losses of nDCG@10.</p>" + result_lists(page.raw["examples"], "BM25" if page.raw["meta"].get("channels") == "bm25" else "any channel")
     )  # fmt: skip
     body = "\n".join([
         _header(page), _table(page), _cost(page), _objectives(page),

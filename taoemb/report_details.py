@@ -264,18 +264,18 @@ def examples(path: Path) -> str:
     return result_lists(found)
 
 
-def result_lists(found: Sequence[Mapping[str, Any]]) -> str:
-    """Two systems' lists (``before`` and ``after``) of some queries, a fold-out each."""
+def result_lists(found: Sequence[Mapping[str, Any]], channel: str = "BM25") -> str:
+    """Two systems' lists (``before`` and ``after``) of some queries, a fold-out each; ``channel`` says what also finds items."""
     legend = " ".join(f"{_badge(grade)} {word}" for grade, word in GRADES.items())
     legend += f" {_badge(None)} not graded"
     return (
-        f'<p class="note">{legend}. q: item quality, 0 to 1. <span class="tag">BM25</span> BM25 finds the item '
-        'too, <span class="tag reach">not BM25</span> it does not. ▲ and ▼: places won and lost.</p>'
-        + "".join(_example(example, i < OPEN_EXAMPLES) for i, example in enumerate(found))
+        f'<p class="note">{legend}. q: item quality, 0 to 1. <span class="tag">{channel}</span> {channel} finds the item '
+        f'too, <span class="tag reach">not {channel}</span> it does not. ▲ and ▼: places won and lost.</p>'
+        + "".join(_example(example, i < OPEN_EXAMPLES, channel) for i, example in enumerate(found))
     )
 
 
-def _example(example: Mapping[str, Any], opened: bool) -> str:
+def _example(example: Mapping[str, Any], opened: bool, channel: str) -> str:
     before, after = example["before"], example["after"]
     places = [
         {item.get("id"): rank for rank, item in enumerate(side.get("items") or [], 1)} for side in (before, after)
@@ -292,13 +292,14 @@ def _example(example: Mapping[str, Any], opened: bool) -> str:
     return (
         f'<details class="example"{" open" if opened else ""}><summary><span><q>{query}</q>{slice_tag}</span>'
         f'<span>{strips}</span><span>nDCG@10 {shown[0]} → {shown[1]} <span class="{css}">{change}</span></span>'
-        f'</summary><div class="pair">{_list(before, places[1], "gone")}{_list(after, places[0], "new")}</div></details>'
+        f'</summary><div class="pair">{_list(before, places[1], "gone", channel)}'
+        f"{_list(after, places[0], 'new', channel)}</div></details>"
     )
 
 
-def _list(side: Mapping[str, Any], elsewhere: Mapping[Any, int], absent: str) -> str:
+def _list(side: Mapping[str, Any], elsewhere: Mapping[Any, int], absent: str, channel: str) -> str:
     """One system's Top-10; ``elsewhere`` are the places of the same items in the other list."""
-    reach = {True: '<span class="tag">BM25</span>', False: '<span class="tag reach">not BM25</span>'}
+    reach = {True: f'<span class="tag">{channel}</span>', False: f'<span class="tag reach">not {channel}</span>'}
     rows = []
     for rank, item in enumerate(side.get("items") or [], 1):
         cells = (
