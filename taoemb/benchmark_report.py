@@ -129,6 +129,8 @@ def _cutoff(metric: str) -> int:
 
 
 def _stars_told(page: _Page) -> str:
+    if not page.tests:
+        return "no test, because fewer than two queries have a value"
     return (
         f"* p < .05, ** p < .01, *** p < .05 / {page.tests}: still significant after correction for the {page.tests} tests made here "
         "(two-sided paired bootstrap over queries)"
@@ -313,10 +315,12 @@ def _objectives(page: _Page) -> str:
     ]  # fmt: skip
     pareto = page.raw["pareto"]
     told = ", ".join(label_of(m) for m in pareto["objectives"])
-    return (
-        f'<h2>Objectives</h2><p>No other system is at least as good in all of {escape(told)} and better in one: '
+    best = (
+        f"<p>No other system is at least as good in all of {escape(told)} and better in one: "
         f"<b>{escape(', '.join(pareto['front']))}</b>.</p>"
-        f'<div class="charts">{"".join(plots)}</div><p class="note">{escape(name)} is relevance; quality is a column of the items; '
+    )
+    return (
+        f'<h2>Objectives</h2>{best if told else ""}<div class="charts">{"".join(plots)}</div><p class="note">{escape(name)} is relevance; quality is a column of the items; '
         "exclusive goodrate is what a system adds to the channels, so that BM25, which is a channel, has none. Overlap is in the table.</p>"
     )  # fmt: skip
 

@@ -131,10 +131,15 @@ def _compared(sources: dict[str, str], asked: _Asked) -> tuple[Comparison, Syste
     """Load the catalog, prepare the systems, let the judge grade where there is one, and compare."""
     from taoemb.benchmark import chosen_queries, listed, metrics_to, prepare
     from taoemb.catalog import Catalog
+    from taoemb.cli_judge import judge_config, judged_pool
     from taoemb.comparison import DEPTH, METRICS, compare
     from taoemb.index.runs import RunChannel
     from taoemb.rewards import item_quality
 
+    if asked.pool < 1:
+        raise ValueError(f"pool={asked.pool}: give at least 1")
+    if asked.judge:
+        judge_config(asked.judge)  # a mistake in it comes out before the catalog is encoded
     catalog = Catalog.load(asked.data)
     queries = chosen_queries(catalog, asked.data, asked.split, judged=bool(asked.judge))
     quality_N = item_quality(catalog.items, asked.quality_column)
@@ -146,8 +151,6 @@ def _compared(sources: dict[str, str], asked: _Asked) -> tuple[Comparison, Syste
     runs = listed(systems, queries.texts, depth, fusion=asked.depth > 0)
     evaluator = None
     if asked.judge:
-        from taoemb.cli_judge import judged_pool
-
         tops = systems.tops(queries.texts, asked.pool) | {
             name: [t[: asked.pool] for t in top] for name, top in runs.items()
         }

@@ -18,7 +18,7 @@ from taoemb.cli_shared import Out, Seed, told_apart
 
 if TYPE_CHECKING:
     from taoemb.catalog import Catalog, Item, Query, QuerySet
-    from taoemb.judge.build import JudgeBuilder
+    from taoemb.judge.build import JudgeBuilder, JudgeConfig
     from taoemb.judge.evaluation import JudgeEvaluation
     from taoemb.types import JudgeOutput, RelevanceJudge
 
@@ -307,14 +307,20 @@ def _catalog(data: Path) -> Catalog:
 
 
 def _builder(catalog: Catalog, words: str, out: Path) -> JudgeBuilder:
+    from taoemb.judge.build import JudgeBuilder
+
+    return JudgeBuilder(judge_config(words), catalog, out, lambda text: typer.echo(text, err=True))
+
+
+def judge_config(words: str) -> JudgeConfig:
+    """The settings of a judge from one word; raises ValueError that says what they look like."""
     from taoemb.config import load_config
-    from taoemb.judge.build import JudgeBuilder, JudgeConfig
+    from taoemb.judge.build import JudgeConfig
 
     try:
-        config = load_config(JudgeConfig, None, shlex.split(words))
+        return load_config(JudgeConfig, None, shlex.split(words))
     except ValueError as error:
         raise ValueError(f"--judge {words!r}: {error}. Settings in one word look like 'kind=soft_logic'") from None
-    return JudgeBuilder(config, catalog, out, lambda text: typer.echo(text, err=True))
 
 
 def _scored(judge: RelevanceJudge, pairs: Sequence[tuple[Query, Item]]) -> JudgeOutput:

@@ -404,6 +404,8 @@ def test_mistakes(bench, tiny, static_model, small_shop_folder, tmp_path):
     assert "--against 'mine' takes no part; give one of static, bm25, bm25+static" in message
     assert "give another one" in refused("benchmark", static_model, *data, *out, "--gsb", "static")
     assert "depth=3" in refused("benchmark", static_model, *data, *out, "--depth", 3)
+    assert "Settings in one word look like" in refused("benchmark", static_model, *data, *out, "--judge", "kind=nope")
+    assert "pool=0" in refused("benchmark", static_model, *data, *out, "--pool", 0)
     assert "no graded query of split 'train'" in refused("benchmark", static_model, *data, *out, "--split", "train")
     assert "holds something that is no benchmark" in refused("benchmark", static_model, *data, "--out", tiny)
     assert not (tmp_path / "out").exists()
@@ -435,3 +437,16 @@ def test_evaluate_is_the_short_form(bench, tiny, static_model):
     for name, system in ((str(static_model), "static"), (str(tiny.parent / "good.trec"), "good")):
         for metric in ("ndcg@10", "recall@100", "overlap@10", "quality@10"):
             assert table[name][metric] == f"{bench[3]['systems'][system][metric]:.3f}"
+
+
+def test_one_query_without_a_good_item_is_no_error(tiny, static_model, tmp_path):
+    items = Catalog.load(tiny).items.table.select(["id", "title"])
+    query = pa.table({"id": ["q"], "query": ["zebra"], "split": ["test"]})
+    qrels = pa.table({"query_id": ["q"], "item_id": ["i00"], "grade": [0]})
+    Catalog.from_tables(items, query, qrels).save(tmp_path / "one")
+    result = taoemb_cli("benchmark", static_model, "--data", tmp_path / "one", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "no test, because fewer than two queries have a value" in result.stdout
+    page = (tmp_path / "out" / "benchmark.html").read_text()
+    assert "No verdict" in page
+    assert "there is no recall" in page
