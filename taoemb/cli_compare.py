@@ -63,7 +63,7 @@ def benchmark(
     out: Annotated[Optional[Path], typer.Option(help="Folder to write; its encodings are used again.")] = None,  # noqa: UP045
     split: Split = "test",
     against: Annotated[
-        Name, typer.Option(help="System that the others are tested against; the first one given.")
+        Name, typer.Option(help="System that the others are tested against; the first model given.")
     ] = None,
     gsb: Annotated[Name, typer.Option(help="System beside --against in lists and sheet; the best other.")] = None,
     channel: Channels = None,
