@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from taoemb.index.runs import RunChannel
 from taoemb.report_charts import front
 from taoemb.store import EmbeddingStore, StoreError, encode_corpus
 from taoemb.tables import write_table
+from taoemb.types import GOOD_GRADE
 
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Cut-offs of the recall curve."""
@@ -268,6 +269,18 @@ def chosen_queries(catalog: Catalog, data: Path, split: str, judged: bool) -> Qu
         raise ValueError(f"{data} has no {what}query of split {split!r}; its {what}queries are of "
                          f"{have or 'no split'}: use --split '' for all")  # fmt: skip
     return catalog.queries.select(ids=ids)
+
+
+def complete_if_all_good(catalog: Catalog, queries: QuerySet) -> Catalog:
+    """The catalog with its unlisted pairs as irrelevant where every listed one is good, as is usual for such labels (BEIR).
+
+    Figures that read the graded items alone (condensed nDCG, goodrate, AUC) would call every system perfect.
+    """
+    if catalog.unjudged is not None or any(
+        g < GOOD_GRADE for q in queries.ids for g in catalog.qrels.get(q, {}).values()
+    ):
+        return catalog
+    return replace(catalog, metadata={**catalog.metadata, "unjudged": 0})
 
 
 def headline_of(metrics: Iterable[str]) -> str:

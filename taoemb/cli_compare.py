@@ -129,7 +129,7 @@ class _Asked:
 
 def _compared(sources: dict[str, str], asked: _Asked) -> tuple[Comparison, Systems]:
     """Load the catalog, prepare the systems, let the judge grade where there is one, and compare."""
-    from taoemb.benchmark import chosen_queries, listed, metrics_to, prepare
+    from taoemb.benchmark import chosen_queries, complete_if_all_good, listed, metrics_to, prepare
     from taoemb.catalog import Catalog
     from taoemb.cli_judge import judge_config, judged_pool
     from taoemb.comparison import DEPTH, METRICS, compare
@@ -158,6 +158,9 @@ def _compared(sources: dict[str, str], asked: _Asked) -> tuple[Comparison, Syste
             asked.folder / "judge" / hashlib.sha256(asked.judge.encode()).hexdigest()[:8] if asked.folder else None
         )
         catalog, evaluator = judged_pool(catalog, queries, list(tops.values()), asked.judge, verdicts)
+    elif (complete := complete_if_all_good(catalog, queries)) is not catalog:
+        catalog = complete
+        typer.echo("every graded pair is good: pairs without a grade count as irrelevant", err=True)
     for source in sources.values():
         _warn_of_the_same_judge(source, evaluator)
     return compare(

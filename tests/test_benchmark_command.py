@@ -263,6 +263,18 @@ def test_unjudged_pairs_are_told(static_model, tiny, tmp_path):
     assert "overlap@10/bad" in raw["systems"]["static"]
 
 
+def test_where_only_good_pairs_are_listed_the_others_are_irrelevant(static_model, tiny, tmp_path):
+    catalog = Catalog.load(tiny)
+    good = {q: {i: 2 for i, grade in graded.items() if grade >= 2} for q, graded in catalog.qrels.items()}
+    Catalog(catalog.items, catalog.queries, good).save(tmp_path / "good")
+    result = taoemb_cli("benchmark", static_model, "--data", tmp_path / "good", "--out", tmp_path / "out")
+    assert "every graded pair is good: pairs without a grade count as irrelevant" in result.output
+    raw = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert not {"condensed_ndcg@10", "auc", "judged@10"} & raw["systems"]["static"].keys()
+    assert 0 < raw["systems"]["static"]["goodrate@10"] < 1
+    assert raw["meta"]["unjudged"] == "irrelevant"
+
+
 # The sheet --------------------------------------------------------------------------------------------------------------
 
 
