@@ -41,7 +41,7 @@ from taoemb.shop import Shop
 from taoemb.shop_rules import load_ontology
 from taoemb.types import JudgeOutput
 
-REACHED = 0.6
+REACHED = 0.5
 """Share of right labels among the completions of five entries of the log in a row, of ten steps each."""
 SHOWN = ("natural/macro_f1", "natural/good_f1", "natural/accuracy", "balanced/macro_f1", "balanced/accuracy", "natural/auc", "natural/with/auc",
          "natural/with/accuracy", "balanced/with/accuracy", "step_accuracy", "rule_adherence", "discriminative_hallucination", "entropy", "drawn_right",
