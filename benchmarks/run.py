@@ -9,13 +9,14 @@
 A record is a file ``benchmarks/conditions/NAME.yaml``: ``what`` it shows, the ``command`` as it is typed (``{data}``, ``{out}``, ``{seed}`` filled in),
 its ``data`` (a generated ``shop`` by its size and seed, or a ``path`` that you give), ``seeds``, ``minutes`` on the ``hardware`` class, and ``scores``:
 file that the command writes -> path in it -> [expected, tolerance], means over the seeds. ``run`` writes
-``OUT/NAME/result.json`` with the commit, the versions and the machine; what is finished is not run again.
+``OUT/NAME/result.json`` with the commit, the versions and the machine; what the same command of the same commit has finished is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -23,7 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,43 +166,50 @@ def gpu() -> bool:
 
 
 def run(name: str, record: Record, out: Path, paths: dict[str, Path]) -> dict[str, Any]:
-    """Its result, from the file where it is finished."""
+    """Its result. What is finished is not run again, but read again: other scores may be asked of it."""
     folder = out / name
     file = folder / "result.json"
-    if file.exists():
-        return dict(read_json(file))
-    data = prepared(record.data, out / "data", paths)
-    begin = time.perf_counter()
-    found: dict[str, list[float]] = {}
-    for seed in record.seeds:
-        target = folder / f"seed{seed}"
-        target.mkdir(parents=True, exist_ok=True)
-        command = record.command.format(data=data, out=target, seed=seed)
-        print(f"{name}, seed {seed}: {command}", flush=True)
-        with (folder / f"seed{seed}.log").open("ab") as log:
-            words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-            done = subprocess.run(
-                words, stdout=log, stderr=subprocess.STDOUT, cwd=FOLDER.parent, env=environment(), check=False
-            )
-        if done.returncode:
-            tail = (folder / f"seed{seed}.log").read_text(errors="replace")[-1500:]
-            raise SystemExit(
-                f"{name}, seed {seed}: the command ended with {done.returncode}; {folder / f'seed{seed}.log'} ends with\n{tail}"
-            )
-        for part, wanted in record.scores.items():
-            read = read_json(target / part)
-            for path in wanted:
-                found.setdefault(f"{part}: {path}", []).append(float(at(read, path, target / part)))
-    scores = {key: {"found": float(np.mean(values)), "seeds": values} for key, values in found.items()}
-    result = {
-        "name": name,
-        "scores": scores,
-        "minutes": (time.perf_counter() - begin) / 60,
+    made_by = {
+        "command": record.command,
+        "data": asdict(record.data),
         "seeds": list(record.seeds),
-        "machine": machine(),
+        "commit": machine()["commit"],
     }
+    made_by = json.loads(json.dumps(made_by))
+    result: dict[str, Any] = dict(read_json(file)) if file.exists() else {}
+    if result and result["made_by"] != made_by:
+        differs = ", ".join(key for key in made_by if made_by[key] != result["made_by"].get(key))
+        raise SystemExit(f"{folder} is of another {differs}; give another --out, or delete it")
+    if not result:
+        data = prepared(record.data, out / "data", paths)
+        begin = time.perf_counter()
+        for seed in record.seeds:
+            command(name, record.command.format(data=data, out=folder / f"seed{seed}", seed=seed), seed, folder)
+        result = {"name": name, "made_by": made_by, "minutes": (time.perf_counter() - begin) / 60, "machine": machine()}
+    scores = {}
+    for part, wanted in record.scores.items():
+        for path in wanted:
+            files = [folder / f"seed{seed}" / part for seed in record.seeds]
+            values = [at(read_json(one), path, one) for one in files]
+            scores[f"{part}: {path}"] = {"found": float(np.mean(values)), "seeds": values}
+    result["scores"] = scores
     write_json(file, result)
     return result
+
+
+def command(name: str, text: str, seed: int, folder: Path) -> None:
+    """Run one, its output in a log beside its folder. Raises SystemExit with the end of that where it fails."""
+    (folder / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+    file = folder / f"seed{seed}.log"
+    print(f"{name}, seed {seed}: {text}", flush=True)
+    words = [sys.executable if word == "python" else word for word in shlex.split(text)]
+    with file.open("ab") as log:
+        done = subprocess.run(
+            words, stdout=log, stderr=subprocess.STDOUT, cwd=FOLDER.parent, env=environment(), check=False
+        )
+    if done.returncode:
+        tail = file.read_text(errors="replace")[-1500:]
+        raise SystemExit(f"{name}, seed {seed}: the command ended with {done.returncode}; {file} ends with\n{tail}")
 
 
 def prepared(data: Data, folder: Path, paths: dict[str, Path]) -> Path | str:
@@ -266,13 +274,11 @@ def report(results: dict[str, dict[str, Any]]) -> int:
     for name, result in results.items():
         for file, paths in records()[name].scores.items():
             for path, (expected, tolerance) in paths.items():
-                found = result["scores"].get(f"{file}: {path}", {}).get("found")
-                fine = found is not None and abs(found - expected) <= tolerance
+                found = result["scores"][f"{file}: {path}"]["found"]
+                fine = abs(found - expected) <= tolerance
                 wrong += not fine
-                shown = "missing" if found is None else f"{found:.4f}"
-                print(
-                    f"| {name} | {path} | {expected:g} ± {tolerance:g} | {shown} | {'ok' if fine else 'OUT OF TOLERANCE'} |"
-                )
+                said = "ok" if fine else "OUT OF TOLERANCE"
+                print(f"| {name} | {path} | {expected:g} ± {tolerance:g} | {found:.4f} | {said} |")
     print(f"{wrong} out of tolerance" if wrong else "all within tolerance")
     return int(wrong > 0)
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,14 +61,30 @@ def test_check_compares_the_mean_over_the_seeds(known, tmp_path, capsys):
     assert "| bad | a/1/b | 2.5 ± 0.1 | 2.0000 | OUT OF TOLERANCE |" in capsys.readouterr().out
 
 
-def test_what_is_finished_is_not_run_again_and_a_new_expectation_is_held_against_it(known, tmp_path, capsys):
+def test_what_is_finished_is_not_run_again_but_may_be_asked_for_more(known, tmp_path, capsys, monkeypatch):
     known(one=record())
     assert run.main(["run", "one", "--out", str(tmp_path)]) == 0
-    known(one=record(command="python -c 1/0"))
-    assert run.main(["check", "--out", str(tmp_path)]) == 0
-    known(one=record(command="python -c 1/0", scores={"scores.json": {"a/0": (1.0, 0.1)}}))
+    monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="", returncode=9))
+    monkeypatch.setattr(
+        run,
+        "machine",
+        lambda: {"commit": json.loads((tmp_path / "one" / "result.json").read_text())["made_by"]["commit"]},
+    )
+    known(one=record(scores={"scores.json": {"a/0": (1.5, 0.1)}}))
     assert run.main(["check", "--out", str(tmp_path)]) == 1
-    assert "| one | a/0 | 1 ± 0.1 | missing |" in capsys.readouterr().out
+    assert "| one | a/0 | 1.5 ± 0.1 | 1.0000 | OUT OF TOLERANCE |" in capsys.readouterr().out
+
+
+def test_results_of_another_command_or_commit_are_refused(known, tmp_path, monkeypatch):
+    known(one=record())
+    run.main(["run", "one", "--out", str(tmp_path)])
+    known(one=record(command=f"{WRITES} ", seeds=(0,)))
+    with pytest.raises(SystemExit, match="one is of another command, seeds; give another --out"):
+        run.main(["check", "--out", str(tmp_path)])
+    known(one=record())
+    monkeypatch.setattr(run, "machine", lambda: {"commit": "another"})
+    with pytest.raises(SystemExit, match="one is of another commit"):
+        run.main(["check", "--out", str(tmp_path)])
 
 
 def test_the_budget_takes_the_shortest_and_says_what_it_leaves_out(known, tmp_path, capsys):
