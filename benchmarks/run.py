@@ -9,14 +9,15 @@
 A record is a file ``benchmarks/conditions/NAME.yaml``: ``what`` it shows, the ``command`` as it is typed (``{data}``, ``{out}``, ``{seed}`` filled in),
 its ``data`` (a generated ``shop`` by its size and seed, or a ``path`` that you give), ``seeds``, ``minutes`` on the ``hardware`` class, and ``scores``:
 file that the command writes -> path in it -> [expected, tolerance], means over the seeds. ``run`` writes
-``OUT/NAME/result.json`` with the commit, the versions and the machine; what the same command of the same commit has finished is not run again.
+``OUT/NAME/result.json`` with the commit, the versions and the machine; what the same command has finished with the same code is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
-import json
+import math
 import os
 import platform
 import re
@@ -24,7 +25,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,10 +78,12 @@ class Record:
             raise ValueError("scores: name at least one, or nothing is checked")
         for file, paths in self.scores.items():
             for path, pair in paths.items():
-                if len(pair) != 2 or not pair[1] > 0:
+                if len(pair) != 2 or not 0 < pair[1] < math.inf:
                     raise ValueError(
-                        f"scores.{file}.{path}={list(pair)}: give [expected, tolerance], the tolerance above 0"
+                        f"scores.{file}.{path}={list(pair)}: give [expected, tolerance], a finite tolerance above 0"
                     )
+        if "{out}" not in self.command or (len(self.seeds) > 1 and "{seed}" not in self.command):
+            raise ValueError(f"command={self.command!r}: it needs {{out}}, and with several seeds {{seed}}")
         if not self.seeds or self.minutes <= 0:
             raise ValueError(
                 f"seeds={list(self.seeds)}, minutes={self.minutes}: give at least one seed, and minutes above 0"
@@ -113,10 +116,34 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if arguments.do == "table":
         return tables(arguments.check)
-    paths = {name: Path(folder) for name, _, folder in (word.partition("=") for word in arguments.path)}
+    paths, known = folders(arguments.path), records()
     names = arguments.names if arguments.do == "run" else chosen(arguments.only, minutes(arguments.budget), paths)
-    results = {name: run(name, records()[name], arguments.out, paths) for name in names}
-    return report(results)
+    results, failed = {}, []
+    for name in names:  # one that fails does not hide what the others found
+        try:
+            results[name] = run(name, known[name], arguments.out.resolve(), paths)
+        except SystemExit as error:
+            failed.append(f"{name}: {error}")
+        except KeyboardInterrupt:
+            failed.append(f"{name}: stopped; the same command goes on")
+            break
+    wrong = report(results)
+    print("\n".join(failed), file=sys.stderr)
+    return int(bool(wrong or failed))
+
+
+def folders(given: list[str]) -> dict[str, Path]:
+    """``NAME=FOLDER`` words. Raises SystemExit for one that is none, a name that no record has, a folder that is not there."""
+    names = sorted({record.data.path for record in records().values()} - {""})
+    found = {}
+    for word in given:
+        name, equals, folder = word.partition("=")
+        if not equals or name not in names:
+            raise SystemExit(f"--path {word}: give NAME=FOLDER with a name of {', '.join(names)}")
+        found[name] = Path(folder).expanduser().resolve()
+        if not found[name].is_dir():
+            raise SystemExit(f"--path {word}: {found[name]} is no folder")
+    return found
 
 
 def records() -> dict[str, Record]:
@@ -129,7 +156,7 @@ def minutes(text: str) -> float:
     >>> minutes("90s"), minutes("20m"), minutes("2h")
     (1.5, 20.0, 120.0)
     """
-    found = re.fullmatch(r"([0-9.]+)([smh])", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", text)
     if not found:
         raise SystemExit(f"--budget {text!r}: give a number with s, m or h, such as 20m")
     return float(found[1]) * {"s": 1 / 60, "m": 1.0, "h": 60.0}[found[2]]
@@ -154,7 +181,7 @@ def chosen(only: list[str] | None, budget: float, paths: dict[str, Path]) -> lis
         found.append(name)
         spent += record.minutes
     if not found:
-        raise SystemExit("nothing to run: raise --budget, or give --path")
+        raise SystemExit("nothing to run")
     return found
 
 
@@ -166,47 +193,49 @@ def gpu() -> bool:
 
 
 def run(name: str, record: Record, out: Path, paths: dict[str, Path]) -> dict[str, Any]:
-    """Its result. What is finished is not run again, but read again: other scores may be asked of it."""
-    folder = out / name
-    file = folder / "result.json"
-    made_by = {
-        "command": record.command,
-        "data": asdict(record.data),
-        "seeds": list(record.seeds),
-        "commit": machine()["commit"],
-    }
-    made_by = json.loads(json.dumps(made_by))
-    result: dict[str, Any] = dict(read_json(file)) if file.exists() else {}
-    if result and result["made_by"] != made_by:
-        differs = ", ".join(key for key in made_by if made_by[key] != result["made_by"].get(key))
+    """Its result. What is finished is not run again, but read again: other scores may be asked of it.
+
+    Raises SystemExit where the folder is of another command, other data or other code, where a command fails and where a score is missing.
+    """
+    folder, begin = out / name, time.perf_counter()
+    data = prepared(record.data, out / "data", paths)
+    made_by = {"command": record.command, "data": str(data), "seeds": list(record.seeds), **code()}
+    mark, file = folder / "made_by.json", folder / "result.json"
+    if mark.exists() and (known := read_json(mark)) != made_by:
+        differs = ", ".join(key for key in made_by if made_by[key] != known.get(key))
         raise SystemExit(f"{folder} is of another {differs}; give another --out, or delete it")
-    if not result:
-        data = prepared(record.data, out / "data", paths)
-        begin = time.perf_counter()
+    write_json(mark, made_by)  # before anything runs: seeds of two commits must not be averaged
+    if file.exists():
+        result: dict[str, Any] = dict(read_json(file))
+        print(f"{name}: read from {file}, of {result['machine']['date']}")
+    else:
         for seed in record.seeds:
-            command(name, record.command.format(data=data, out=folder / f"seed{seed}", seed=seed), seed, folder)
+            words = [
+                word.format(data=data, out=folder / f"seed{seed}", seed=seed) for word in shlex.split(record.command)
+            ]
+            command(name, words, seed, folder)
         result = {"name": name, "made_by": made_by, "minutes": (time.perf_counter() - begin) / 60, "machine": machine()}
+        write_json(file, result)
     scores = {}
     for part, wanted in record.scores.items():
         for path in wanted:
-            files = [folder / f"seed{seed}" / part for seed in record.seeds]
-            values = [at(read_json(one), path, one) for one in files]
+            values = [at(folder / f"seed{seed}" / part, path) for seed in record.seeds]
             scores[f"{part}: {path}"] = {"found": float(np.mean(values)), "seeds": values}
     result["scores"] = scores
     write_json(file, result)
     return result
 
 
-def command(name: str, text: str, seed: int, folder: Path) -> None:
+def command(name: str, words: list[str], seed: int, folder: Path) -> None:
     """Run one, its output in a log beside its folder. Raises SystemExit with the end of that where it fails."""
     (folder / f"seed{seed}").mkdir(parents=True, exist_ok=True)
     file = folder / f"seed{seed}.log"
-    print(f"{name}, seed {seed}: {text}", flush=True)
-    words = [sys.executable if word == "python" else word for word in shlex.split(text)]
+    print(f"{name}, seed {seed}: {shlex.join(words)}", flush=True)
     with file.open("ab") as log:
         done = subprocess.run(
-            words, stdout=log, stderr=subprocess.STDOUT, cwd=FOLDER.parent, env=environment(), check=False
-        )
+            [sys.executable if word == "python" else word for word in words], stdout=log, stderr=subprocess.STDOUT, cwd=FOLDER.parent,
+            env=environment(), check=False,
+        )  # fmt: skip
     if done.returncode:
         tail = file.read_text(errors="replace")[-1500:]
         raise SystemExit(f"{name}, seed {seed}: the command ended with {done.returncode}; {file} ends with\n{tail}")
@@ -217,7 +246,7 @@ def prepared(data: Data, folder: Path, paths: dict[str, Path]) -> Path | str:
     if data.path:
         if data.path not in paths:
             raise SystemExit(f"the record needs a folder: give --path {data.path}=FOLDER")
-        return paths[data.path].resolve()
+        return paths[data.path]
     if not data.items:
         return ""
     sizes = dict(zip(("train_queries", "validation_queries", "test_queries"), data.queries, strict=False))
@@ -232,23 +261,40 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
 
 
-def at(read: Any, path: str, file: Path) -> float:
-    """The number at a path; keys of dictionaries, positions of lists."""
+def at(file: Path, path: str) -> float:
+    """The number at a path in a file; keys of dictionaries, positions of lists. Raises SystemExit where there is none."""
+    if not file.exists():
+        raise SystemExit(f"the command wrote no {file}")
+    read = read_json(file)
     for key in path.split("/"):
         try:
             read = read[int(key)] if isinstance(read, list) else read[key]
         except (KeyError, IndexError, ValueError, TypeError):
             raise SystemExit(f"{file} has no {path} (at {key!r})") from None
+    if not isinstance(read, int | float):
+        raise SystemExit(f"{file}: {path} is {read!r}, no number")
     return float(read)
+
+
+def said(*words: str) -> str:
+    """What a command prints, in the project's folder; nothing where it is not installed or fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, cwd=FOLDER.parent, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def code() -> dict[str, str]:
+    """The commit, and a hash of what was changed since."""
+    changes = said("git", "diff", "HEAD")
+    return {
+        "commit": said("git", "rev-parse", "HEAD"),
+        "changes": hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else "",
+    }
 
 
 def machine() -> dict[str, Any]:
     """What a result is worth nothing without."""
-
-    def said(*words: str) -> str:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=FOLDER.parent, check=False)
-        return done.stdout.strip()
-
     versions = {}
     for package in PACKAGES:
         try:
@@ -261,7 +307,7 @@ def machine() -> dict[str, Any]:
         else None
     )
     return {
-        "commit": said("git", "rev-parse", "HEAD"), "changed": bool(said("git", "status", "--porcelain")), "versions": versions,
+        "versions": versions,
         "python": platform.python_version(), "cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -277,8 +323,8 @@ def report(results: dict[str, dict[str, Any]]) -> int:
                 found = result["scores"][f"{file}: {path}"]["found"]
                 fine = abs(found - expected) <= tolerance
                 wrong += not fine
-                said = "ok" if fine else "OUT OF TOLERANCE"
-                print(f"| {name} | {path} | {expected:g} ± {tolerance:g} | {found:.4f} | {said} |")
+                verdict = "ok" if fine else "OUT OF TOLERANCE"
+                print(f"| {name} | {path} | {expected:g} ± {tolerance:g} | {found:.4f} | {verdict} |")
     print(f"{wrong} out of tolerance" if wrong else "all within tolerance")
     return int(wrong > 0)
 

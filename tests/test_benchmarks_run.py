@@ -56,35 +56,73 @@ def test_check_compares_the_mean_over_the_seeds(known, tmp_path, capsys):
     assert "| good | a/1/b | 2 ± 0.1 | 2.0000 | ok |" in capsys.readouterr().out
     result = json.loads((tmp_path / "good" / "result.json").read_text())
     assert result["scores"]["scores.json: a/1/b"] == {"found": 2.0, "seeds": [1.0, 3.0]}
-    assert {"commit", "versions", "cpu", "date"} <= {*result["machine"]}
+    assert {"versions", "cpu", "date"} <= {*result["machine"]}
+    assert "commit" in result["made_by"]
     assert run.main(["check", "--out", str(tmp_path)]) == 1
     assert "| bad | a/1/b | 2.5 ± 0.1 | 2.0000 | OUT OF TOLERANCE |" in capsys.readouterr().out
 
 
-def test_what_is_finished_is_not_run_again_but_may_be_asked_for_more(known, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def no_more_runs(monkeypatch):
+    """From its call on a command that is run fails; the code counts as what it is now."""
+
+    def stop(code=None):
+        now = code or run.code()
+        monkeypatch.setattr(run, "code", lambda: now)
+        monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="", returncode=9))
+
+    return stop
+
+
+def test_what_is_finished_is_not_run_again_but_may_be_asked_for_more(known, tmp_path, capsys, no_more_runs):
     known(one=record())
     assert run.main(["run", "one", "--out", str(tmp_path)]) == 0
-    monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="", returncode=9))
-    monkeypatch.setattr(
-        run,
-        "machine",
-        lambda: {"commit": json.loads((tmp_path / "one" / "result.json").read_text())["made_by"]["commit"]},
-    )
+    no_more_runs()
     known(one=record(scores={"scores.json": {"a/0": (1.5, 0.1)}}))
     assert run.main(["check", "--out", str(tmp_path)]) == 1
-    assert "| one | a/0 | 1.5 ± 0.1 | 1.0000 | OUT OF TOLERANCE |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| one | a/0 | 1.5 ± 0.1 | 1.0000 | OUT OF TOLERANCE |" in said
+    assert "one: read from" in said
 
 
-def test_results_of_another_command_or_commit_are_refused(known, tmp_path, monkeypatch):
+def test_results_of_another_command_or_code_are_refused(known, tmp_path, capsys, no_more_runs):
     known(one=record())
     run.main(["run", "one", "--out", str(tmp_path)])
     known(one=record(command=f"{WRITES} ", seeds=(0,)))
-    with pytest.raises(SystemExit, match="one is of another command, seeds; give another --out"):
-        run.main(["check", "--out", str(tmp_path)])
+    assert run.main(["check", "--out", str(tmp_path)]) == 1
+    assert "one is of another command, seeds; give another --out" in capsys.readouterr().err
     known(one=record())
-    monkeypatch.setattr(run, "machine", lambda: {"commit": "another"})
-    with pytest.raises(SystemExit, match="one is of another commit"):
-        run.main(["check", "--out", str(tmp_path)])
+    no_more_runs({"commit": "another", "changes": ""})
+    assert run.main(["check", "--out", str(tmp_path)]) == 1
+    assert "one is of another commit" in capsys.readouterr().err
+
+
+def test_seeds_of_two_commits_are_not_averaged(known, tmp_path, capsys, no_more_runs):
+    """The second seed fails; after another commit the first one's files do not count."""
+    known(one=record(command=WRITES.replace("{seed} + 1.0", "1.0 / (2 - {seed})")))
+    assert run.main(["run", "one", "--out", str(tmp_path)]) == 1
+    assert "one, seed 2: the command ended with 1" in capsys.readouterr().err
+    assert (tmp_path / "one" / "seed0" / "scores.json").exists()
+    no_more_runs({"commit": "another", "changes": ""})
+    assert run.main(["run", "one", "--out", str(tmp_path)]) == 1
+    assert "one is of another commit" in capsys.readouterr().err
+
+
+def test_folders_are_found_from_anywhere(known, tmp_path, monkeypatch):
+    known(one=record())
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["run", "one", "--out", "a folder"]) == 0
+    assert (tmp_path / "a folder" / "one" / "seed2" / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("mine", "give NAME=FOLDER"), ("other=.", "with a name of mine"), ("mine=no/such", "is no folder")],
+)
+def test_paths_that_are_none(known, word, message):
+    known(one=record(data=run.Data(path="mine")))
+    with pytest.raises(SystemExit, match=message):
+        run.main(["check", "--path", word])
 
 
 def test_the_budget_takes_the_shortest_and_says_what_it_leaves_out(known, tmp_path, capsys):
@@ -103,18 +141,35 @@ def test_the_budget_takes_the_shortest_and_says_what_it_leaves_out(known, tmp_pa
         run.chosen(None, 0.5, {})
 
 
-def test_commands_that_fail_say_how(known, tmp_path):
-    known(
-        one=record(command="python -c \"raise SystemExit('no such thing')\""),
-        two=record(scores={"scores.json": {"a/7": (1.0, 1.0)}}),
-    )
-    with pytest.raises(SystemExit, match="one, seed 0: the command ended with 1(.|\n)*no such thing"):
-        run.main(["run", "one", "--out", str(tmp_path)])
+def test_commands_that_fail_say_how_and_do_not_hide_the_others(known, tmp_path, capsys):
+    failing = "python -c \"raise SystemExit('no such thing {out}')\""
+    known(one=record(command=failing, seeds=(0,)), two=record(scores={"scores.json": {"a/7": (1.0, 1.0)}}),
+          three=record(scores={"no.json": {"a": (1.0, 1.0)}}), four=record())  # fmt: skip
+    assert run.main(["check", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "| four | a/1/b | 2 ± 0.1 | 2.0000 | ok |" in said.out
+    assert "one, seed 0: the command ended with 1" in said.err
+    assert "no such thing" in said.err
+    assert "scores.json has no a/7" in said.err
+    assert "the command wrote no" in said.err
     assert not (tmp_path / "one" / "result.json").exists()
-    with pytest.raises(SystemExit, match="scores.json has no a/7"):
-        run.main(["run", "two", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="--budget '20': give a number with s, m or h"):
-        run.main(["check", "--budget", "20"])
+    for budget in ("20", "1.2.3m"):
+        with pytest.raises(SystemExit, match="give a number with s, m or h"):
+            run.main(["check", "--budget", budget])
+
+
+def test_ctrl_c_stops_and_reports_what_is_there(known, tmp_path, capsys, monkeypatch):
+    known(one=record(minutes=1.0), two=record(minutes=2.0))
+    real = run.command
+    monkeypatch.setattr(
+        run,
+        "command",
+        lambda name, *rest: real(name, *rest) if name == "one" else (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    assert run.main(["check", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "| one | a/1/b | 2 ± 0.1 | 2.0000 | ok |" in said.out
+    assert "two: stopped; the same command goes on" in said.err
 
 
 @pytest.mark.parametrize(
@@ -122,7 +177,10 @@ def test_commands_that_fail_say_how(known, tmp_path):
     [
         ({"scores": {}}, "name at least one"),
         ({"scores": {"f.json": {"a": (1.0,)}}}, r"scores.f.json.a=\[1.0\]: give \[expected, tolerance\]"),
-        ({"scores": {"f.json": {"a": (1.0, 0.0)}}}, "the tolerance above 0"),
+        ({"scores": {"f.json": {"a": (1.0, 0.0)}}}, "a finite tolerance above 0"),
+        ({"scores": {"f.json": {"a": (1.0, float("inf"))}}}, "a finite tolerance above 0"),
+        ({"command": "python x.py --out {out}"}, "with several seeds {seed}"),
+        ({"command": "python x.py {seed}"}, "it needs {out}"),
         ({"seeds": ()}, "at least one seed"),
     ],
 )

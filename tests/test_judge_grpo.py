@@ -25,6 +25,7 @@ from taoemb.judge.sampling import PosteriorSampler, Sampled, curriculum, difficu
 from taoemb.judge.schemes import GRADES_4, STEP
 from taoemb.judge.srpo import SRPOConfig, segment, step_advantages, token_steps, verified
 from taoemb.judge.step_model import StepJudge, step_examples
+from taoemb.judge.teacher import TeacherConfig
 from taoemb.judge.train import JudgeTrainer
 from taoemb.judge.train_config import GRPOConfig, JudgeTrainConfig, recipe_file
 from taoemb.shop import generate_shop
@@ -74,9 +75,34 @@ def test_a_lattice_of_ones_own(tmp_path):
     file.write_text(said + "  mismatch: {match: 0, partial: 0, violated: none}\n")
     with pytest.raises(ValueError, match="violated"):
         Lattice.load(file)
-    with pytest.raises(FileNotFoundError):
-        JudgeTrainer(JudgeTrainConfig(model="m", data="d", lattice=str(tmp_path / "no.yaml")), tmp_path / "run")
+
+
+def test_a_lattice_that_cannot_be_meant(tmp_path):
+    """Said before the run folder is claimed."""
+    file, data = tmp_path / "rules.yaml", tmp_path / "shop"
+    data.mkdir()
+    (data / "truth.parquet").touch()
+    few = {"exact": {"match": 3, "partial": 1, "violated": 0}, **{
+        name: dict.fromkeys(("match", "partial", "violated"), 0) for name in ("related", "mismatch")}}  # fmt: skip
+    other = few | {"related": {"match": 2, "partial": 1, "violated": 0}}
+
+    def begin(**more):
+        JudgeTrainer(JudgeTrainConfig(model="m", data=str(data), lattice=str(file), **more), tmp_path / "run")
+
+    with pytest.raises(FileNotFoundError, match=r"lattice='.*rules.yaml' is no file"):
+        begin()
+    for grades, message in (
+        (few, "no verdicts lead to the label 'Related'"),
+        (other, "a generated shop follow its own rules"),
+        ({}, "lattice=.*nothing given"),
+    ):
+        file.write_text(json.dumps({"grades": grades}))
+        with pytest.raises(ValueError, match=message):
+            begin()
     assert not (tmp_path / "run").exists()
+    file.write_text(json.dumps({"grades": other}))
+    begin(teacher=TeacherConfig(url="http://127.0.0.1:1", model="m"))
+    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_the_default_reward_is_taosr1s():

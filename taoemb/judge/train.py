@@ -83,9 +83,31 @@ class JudgeTrainer:
         if not config.model or not (config.data or examples):
             raise ValueError("give the start model with model= and a catalog with data=, or your own examples")
         self.config, self.run_dir, self.say = config, Path(run_dir), say
-        self.scheme, self.lattice = get_scheme(config.scheme), Lattice.load(config.lattice)
+        self.scheme = get_scheme(config.scheme)
+        self.lattice = self._own_lattice(examples is None) if config.lattice else Lattice.load()
         self._given, self._teacher, self._step_model = examples, teacher, step_model
         self._claim()
+
+    def _own_lattice(self, of_data: bool) -> Lattice:
+        """The rules that ``config.lattice`` names, where they can be meant."""
+        file = self.config.lattice
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"lattice={file!r} is no file; give a YAML file with the key grades")
+        try:
+            found = Lattice.load(file)
+        except ValueError as error:
+            raise ValueError(f"lattice={file!r}: {error}") from None
+        missing = {*range(len(self.scheme))} - {*self.scheme.labels(found.table).flatten().tolist()}
+        if missing:
+            raise ValueError(
+                f"lattice={file!r}: no verdicts lead to the label {self.scheme.names[min(missing)]!r}; every label needs some"
+            )
+        shop = of_data and (Path(self.config.data) / "truth.parquet").exists() and not self.config.teacher.url
+        if shop and (found.table != Lattice.load().table).any():
+            raise ValueError(
+                f"lattice={file!r}: the grades and reasons of a generated shop follow its own rules; leave it out, or give a catalog of your own"
+            )
+        return found
 
     def _claim(self) -> None:
         file = self.run_dir / "config.yaml"

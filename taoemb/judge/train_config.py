@@ -150,8 +150,9 @@ class JudgeTrainConfig:
     rules: str = RULES
     """What the judge is told before the labels."""
     lattice: str = ""
-    """YAML file with ``grades: {exact: {match: 3, ...}, ...}``, how a grade follows from the verdicts of the reasons; by default the generated shop's.
-    A teacher's reasons and ``grpo.shaping.gate`` are held against it."""
+    """Rules of your own, by which a grade follows from the verdicts of the reasons; by default the generated shop's. A YAML file with the key ``grades``
+    alone: category verdict (exact, related, mismatch) -> attribute verdict (match, partial, violated) -> grade 0 to 3. A teacher's reasons and
+    ``grpo.shaping.gate`` are held against them."""
     examples: int = 4000
     """Graded pairs of training queries for ``sft`` [ours]; of a catalog or a teacher for all stages."""
     balance: bool = True
