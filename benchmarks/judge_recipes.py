@@ -4,7 +4,7 @@
         --start pre=runs/judge_stages/seed0/pre/sft/model --start post=runs/judge_stages/seed0/post/sft/model --seeds 0 1 2 settings...
 
 Words after the options are settings of `JudgeTrainConfig` for every row. Each model is graded on pairs of test queries, as they come and as many of
-each grade, by the label that its greedy completion states; where the label comes first also by its probabilities, without context and with it
+each grade, by the label that its greedy completion states; where the label comes first by the most probable label, without context and with it
 (``chance`` is the mean probability of the right label, which is how often a completion drawn at temperature 1 states it).
 From the log of the training come the entropy, the share of right labels in the completions that are drawn, how many steps that
 takes to reach `REACHED`, and what replay did. Prints a Markdown table and writes ``OUT/judge_recipes.json``; what is there is not computed again.
