@@ -129,12 +129,12 @@ def row(
 ) -> dict[str, float]:
     """Train one row with one seed, and the rows that it begins at; its figures."""
     folder = arguments.out / f"seed{seed}" / name
-    file = folder / "figures.json"
     given = dict(conditions[name])
     start, stages = given.pop("start"), given.pop("stages", ["grpo"])
     if start not in arguments.start:
         row(arguments, shop, contexts, conditions, start, seed)
-    if not file.exists():
+    log = folder / "run" / "grpo" / "log.jsonl"
+    if not (folder / "graded.json").exists():
         begin = (
             arguments.start.get(start)
             or arguments.out / f"seed{seed}" / start / "run" / conditions[start]["stages"][-1] / "model"
@@ -159,9 +159,8 @@ def row(
             shared.mkdir(parents=True)
             for kept in ("samples.jsonl", "samples.json"):
                 shutil.copy(mine / kept, shared / kept)
-        found = graded(arguments, shop, contexts, model, config.style, folder)
-        write_json(file, found | (logged(mine / "log.jsonl") if "grpo" in stages else {}))
-    return {key: float(value) for key, value in read_json(file).items()}
+        graded(arguments, shop, contexts, model, config.style, folder)
+    return {**read_json(folder / "graded.json"), **(logged(log) if "grpo" in stages else {})}
 
 
 def logged(file: Path) -> dict[str, float]:
@@ -202,6 +201,7 @@ def graded(
                 [np.full(4, np.nan) if c.label is None else np.eye(4)[c.label] for c in chains]
             )  # without a label it abstains
             found |= figures(GRADES_4.output(sure), examples, kind, ("macro_f1", "good_f1", "accuracy", "kappa"))
+            found[f"{kind}/mean_label"] = float(np.mean([c.label for c in chains if c.label is not None]))
             right[kind] = [c.label == label for c, label in zip(chains, labels.tolist(), strict=True)]
         else:
             names = ("macro_f1", "good_f1", "accuracy", "kappa", "auc", "ece")
@@ -209,6 +209,7 @@ def graded(
             outputs = judge.score(pairs), judge.score(pairs, [chunk.text if chunk else "" for chunk in chunks])
             for output, prefix in zip(outputs, (kind, f"{kind}/with"), strict=True):
                 found |= figures(output, examples, prefix, names)
+                found[f"{prefix}/mean_label"] = float(np.argmax(output.probs, 1).mean())
                 found[f"{prefix}/chance"] = float(output.probs[np.arange(len(labels)), labels].mean())
             without, with_chunk = (np.argmax(output.probs, 1) == labels for output in outputs)
             right |= {kind: without.tolist(), f"{kind}/with": with_chunk.tolist()}
