@@ -6,13 +6,16 @@
 ``--runs`` are finished run folders that differ in their seed (`benchmarks/seeds.py` makes them): each gives its stage-1 model, its
 catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the
 `flip_noise` of an oracle judge, or ``binary``, a judge that tells good from bad alone; settings of the ``backbone`` and of another ``judge``
-are named so (``backbone.tower``, ``judge.kind``). ``{model: untrained}``, or another model's folder or name, is evaluated as it is. ``stage1`` is always a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
+are named so (``backbone.tower``, ``judge.kind``). ``{model: ...}`` is evaluated as it is: ``bm25``, ``untrained``, ``minilm``, a hub id, or a folder,
+``{seed}`` in it filled in, whose ``costs.json`` says what it took. ``{fused: NAME}`` is BM25 fused with the model of that condition. ``stage1`` is always
+a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
 ``--against`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,11 +23,13 @@ import numpy as np
 import yaml
 
 from taoemb.backbone import prepare
+from taoemb.benchmark import BM25, Systems, fuse, metrics_to
 from taoemb.comparison import compare
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
 from taoemb.evaluation import paired_bootstrap
 from taoemb.files import read_json, write_json
+from taoemb.health import hubness
 from taoemb.index.exact import ExactIndex
 from taoemb.job import TrainConfig, TrainJob
 from taoemb.judge import OracleJudge
@@ -42,6 +47,10 @@ from taoemb.types import JudgeOutput, RelevanceJudge
 
 SHOWN = ("ndcg@10", "condensed_ndcg@10", "auc", "recall@100", "goodrate@10", "quality@10", "overlap@10",
          "exclusive_goodrate@10")  # fmt: skip
+COSTS = ("item_encodings", "judge_calls", "seconds")
+BY_SLICE = ("ndcg@10", "recall@100")
+DEPTH = 1000
+"""Ranks that are evaluated."""
 WHOLE = ("backbone.", "judge.")
 GAPS = ("condensed_ndcg@10", "auc", "ndcg@10")
 
@@ -65,10 +74,15 @@ def main() -> None:
     for run in arguments.runs:
         job = TrainJob(load_config(TrainConfig, run / "config.yaml"), run)
         for name in names:
-            file = arguments.out / run.name / f"{name}.json"
+            fused = (conditions[name] or {}).get("fused")
+            base, folder = fused or name, arguments.out / run.name
+            file = folder / f"{base}.json"
             if not file.exists():
-                write_json(file, measure(job, run, name, conditions[name], arguments.out / run.name / name))
-            found[name].append(read_json(file))
+                write_json(file, measure(job, run, base, conditions[base], folder / base))
+            read = read_json(file)
+            if fused:
+                read = {**read, "per_query": read["fused"], "hubness@10": read["fused_hubness@10"]}
+            found[name].append(read)
     rows = {name: summary(found[name], found[arguments.against]) for name in names}
     write_json(arguments.out / "ablation.json", {"seeds": len(arguments.runs), "conditions": conditions, "against": arguments.against,
                                                  "rows": rows})  # fmt: skip
@@ -79,15 +93,10 @@ def main() -> None:
 
 def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: Path) -> dict:
     """Train one condition (None: nothing, stage 1 as it is) and evaluate it query by query."""
-    encoder, encodings, judge = job.encoder("stage1"), 0, {}
     if settings is not None and "model" in settings:
-        untrained = settings["model"] == "untrained"
-        encoder = (
-            job.encoder("untrained")
-            if untrained
-            else Encoder(model_path(settings["model"]), template=job.config.template)
-        )
-    elif settings is not None:
+        return as_it_is(job, name, settings["model"])
+    encoder, costs, judge = job.encoder("stage1"), {"item_encodings": 0, "judge_calls": 0, "seconds": 0.0}, {}
+    if settings is not None:
         overrides = [f"{key if key.startswith(WHOLE) else f'stage2.{key}'}={value}" for key, value in settings.items()
                      if key not in ("noise", "binary")]  # fmt: skip
         overrides.append("systems=[stage1,retrieval_grpo]")  # the run may have rows of policies
@@ -116,8 +125,22 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
             judge = judged(job, function.judge)
         trainer = RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, config, run_dir=folder, name="stage2",
                                        trackers=("jsonl",))  # fmt: skip
+        begin = time.perf_counter()
         encodings = trainer.train()
-    return {"item_encodings": encodings, "judge": judge, **evaluated(job, name, encoder)}
+        asked = sum(function.calls + function.hits for function in functions if isinstance(function, RelevanceReward))
+        costs = {"item_encodings": encodings, "judge_calls": asked, "seconds": time.perf_counter() - begin}
+    return {**costs, "judge": judge, **evaluated(job, name, encoder)}
+
+
+def as_it_is(job: TrainJob, name: str, model: str) -> dict:
+    """Evaluate a model that nothing here trains."""
+    if model == "bm25":
+        return {"item_encodings": 0, **evaluated(job, name, None)}
+    if model == "untrained":
+        return {"item_encodings": 0, **evaluated(job, name, job.encoder("untrained"))}
+    folder = model_path(model.format(seed=job.config.stage1.seed))
+    costs = read_json(file) if (file := Path(folder) / "costs.json").exists() else {"item_encodings": 0}
+    return {**costs, **evaluated(job, name, Encoder(folder, template=job.config.template))}
 
 
 def judged(job: TrainJob, judge: RelevanceJudge) -> dict[str, float]:
@@ -144,31 +167,63 @@ class Binary:
         return output(np.stack([1 - good, 0 * good, 0 * good, good], axis=1))
 
 
-def evaluated(job: TrainJob, name: str, encoder: Encoder) -> dict:
-    """metric -> value per test query, None where a query has none."""
-    index = ExactIndex.build(encode_corpus(encoder, job.catalog.items))
-    comparison = compare(job.catalog, job.test_queries, {name: (encoder, index)}, None, channels=list(job.channels.values()),
-                         quality_N=job.quality_N, top_n=job.config.stage2.rewards.exclusivity_top_n)  # fmt: skip
-    per_query = comparison.evaluations[name].per_query
-    return {
-        "per_query": {
-            metric: [None if np.isnan(v) else v for v in values.tolist()] for metric, values in per_query.items()
+def evaluated(job: TrainJob, name: str, encoder: Encoder | None) -> dict:
+    """metric -> value per test query, None where a query has none, of an encoder (None: BM25) and of its fusion with BM25."""
+    texts, queries = job.test_queries.texts, job.test_queries
+    encoders = {} if encoder is None else {name: (encoder, ExactIndex.build(encode_corpus(encoder, job.catalog.items)))}
+    systems = Systems(encoders, bm25=job.bm25)
+    lists = systems.tops(texts, DEPTH)
+    runs = {"fused": fuse([lists[BM25], lists[name]], DEPTH)} if encoders else {}
+    comparison = compare(job.catalog, queries, encoders, None if encoders else job.bm25, channels=list(job.channels.values()), quality_N=job.quality_N,
+                         top_n=job.config.stage2.rewards.exclusivity_top_n, runs=runs, metrics=metrics_to(DEPTH), depth=DEPTH)  # fmt: skip
+    found = {
+        system: {
+            metric: [None if np.isnan(v) else v for v in values.tolist()]
+            for metric, values in evaluation.per_query.items()
         }
+        for system, evaluation in comparison.evaluations.items()
     }
+    crowded = {
+        system: hubness(np.unique([item for top in tops for item in top], return_counts=True)[1])
+        for system, (tops, _) in comparison.lists.items()
+    }
+    system = name if encoders else BM25
+    row = {
+        "per_query": found[system],
+        "hubness@10": crowded[system],
+        "slices": [query.slice for query in queries],
+    }
+    return row | ({"fused": found["fused"], "fused_hubness@10": crowded["fused"]} if encoders else {})
 
 
 def summary(seeds: list[dict], reference: list[dict]) -> dict:
-    """Means, deviations over the seeds and tests against another condition."""
-    row: dict = {"item_encodings": float(np.mean([seed["item_encodings"] for seed in seeds])), "metrics": {}}
+    """Means, deviations over the seeds and tests against another condition; ndcg@10 and recall@100 per slice."""
+    row: dict = {cost: float(np.mean([seed.get(cost, 0) for seed in seeds])) for cost in COSTS}
+    row |= {"metrics": {}, "slices": {}}
     for metric in seeds[0]["per_query"]:
         ours, theirs = (
             np.array([seed["per_query"][metric] for seed in some], dtype=np.float64) for some in (seeds, reference)
         )
         if np.isfinite(ours).any() and metric in reference[0]["per_query"]:
-            means = np.nanmean(ours, axis=1)
-            row["metrics"][metric] = {"mean": float(means.mean()), "deviation": float(means.std(ddof=1)) if len(means) > 1 else 0.0,
-                                      "against": asdict(paired_bootstrap(ours, theirs))}  # fmt: skip
+            row["metrics"][metric] = spread(np.nanmean(ours, axis=1)) | {
+                "against": asdict(paired_bootstrap(ours, theirs))
+            }
+        for part in dict.fromkeys(seeds[0].get("slices", ())) if metric in BY_SLICE else ():
+            of = np.array(seeds[0]["slices"]) == part
+            test = asdict(paired_bootstrap(ours[:, of], theirs[:, of]))
+            row["slices"].setdefault(part, {"queries": int(of.sum())})[metric] = spread(
+                np.nanmean(ours[:, of], axis=1)
+            ) | {"against": test}
+    row["metrics"]["hubness@10"] = spread(np.array([seed["hubness@10"] for seed in seeds]))
     return row
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Mean and deviation over the seeds."""
+    return {
+        "mean": float(values.mean()),
+        "deviation": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+    }
 
 
 def gap(found: dict[str, list[dict]], low: str, high: str) -> str:
@@ -210,7 +265,8 @@ def table(rows: dict[str, dict], against: str) -> str:
             value = row["metrics"][metric]
             text = f"{value['mean']:.3f}" + (f" ± {value['deviation']:.3f}" if value["deviation"] else "")
             text = f"**{text}**" if value["mean"] == best[metric] else text
-            cells.append(text + ("*" if name != against and value["against"]["p_value"] < 0.05 else ""))
+            differs = name != against and value["against"]["p_value"] < 0.05
+            cells.append(text + ("*" if differs else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['item_encodings'] / 1e6:.2f} M |")
     return "\n".join(lines)
 

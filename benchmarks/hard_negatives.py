@@ -5,10 +5,10 @@
 ``--run`` is a finished run folder (or one with its start model): its catalog, start model, settings and judge. Both begin at the start model and use
 one thread count. The pipeline is sentence-transformers' documented one: `MultipleNegativesRankingLoss` with batches without duplicates on (query,
 item) pairs, `mine_hard_negatives` with the model that this gives, training on with the mined negatives, mining again ``--rounds`` times.
-``--positives`` are what stage 1 trains on (``clicks``) or all items of the training queries that the judge of the run grades good (``grades``;
-mined items that it grades good are then taken out too, so both know what the judge knows). Evaluation is not counted. The target is
-the highest nDCG@10 that the pipeline reaches at any evaluation in the median of the turns. Writes ``OUT/hard_negatives.json``, and the pipeline's last model
-into ``OUT/POSITIVES``.
+It is run twice: its positives are what stage 1 trains on (``clicks``), or all items of the training queries that the catalog grades good (``grades``;
+mined items that are graded good are then taken out too, so both know what the judge knows). Evaluation is not counted. The target is
+the highest nDCG@10 that a pipeline reaches at any evaluation, in the median of the turns. Writes ``OUT/hard_negatives.json``, and the pipelines' last models with
+their ``costs.json`` into ``OUT/POSITIVES/turnN``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from taoemb.types import GOOD_GRADE
 MINING = {"range_min": 0, "range_max": 100, "relative_margin": 0.05, "num_negatives": 5, "sampling_strategy": "top", "use_faiss": True,
           "batch_size": 1024}  # fmt: skip
 """As in the documentation's example of mining for a bi-encoder: positives must be 5 % nearer than what is taken for a negative."""
+PIPELINES = ("clicks", "grades")
 
 
 def main() -> None:
@@ -53,7 +54,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--positives", choices=("clicks", "grades"), default="clicks")
     parser.add_argument(
         "--learning-rate",
         type=float,
@@ -65,53 +65,46 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
-    parser.add_argument("--only", choices=("pipeline", "ours"))
     arguments = parser.parse_args()
     job = TrainJob(load_config(TrainConfig, arguments.run / "config.yaml"), arguments.run)
-    found: dict[str, list[list[tuple[float, float]]]] = {"pipeline": [], "ours": []}
+    curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in (*PIPELINES, "ours")}
     for turn in range(arguments.turns):
-        for name, part in (("pipeline", pipeline), ("ours", ours)):
-            if arguments.only in (None, name):
-                clock = Clock(job)
-                part(arguments, job, clock, turn)
-                found[name].append(clock.curve)
-                print(
-                    f"turn {turn}, {name}: "
-                    + ", ".join(
-                        f"{ndcg:.3f} at {spent:.0f} s" for spent, ndcg in clock.curve[:: max(1, len(clock.curve) // 12)]
-                    ),
-                    flush=True,
-                )
+        for name, found in curves.items():
+            clock = Clock(job, arguments.every)
+            if name == "ours":
+                ours(arguments.out / "ours", job, clock)
+            else:
+                pipeline(arguments, job, clock, name, turn)
+            found.append(clock.curve)
+            shown = clock.curve[:: max(1, len(clock.curve) // 12)]
+            print(
+                f"turn {turn}, {name}: " + ", ".join(f"{ndcg:.3f} at {spent:.0f} s" for spent, ndcg in shown),
+                flush=True,
+            )
     result: dict[str, Any] = {
-        "positives": arguments.positives, "learning_rate": arguments.learning_rate, "steps": arguments.steps, "hard_steps": arguments.hard_steps,
-        "rounds": arguments.rounds, "mining": MINING, "threads": torch.get_num_threads(), "versions": {"sentence_transformers": sentence_transformers.__version__,
-        "torch": torch.__version__}, "curves": found,
+        "learning_rate": arguments.learning_rate, "steps": arguments.steps, "hard_steps": arguments.hard_steps, "rounds": arguments.rounds,
+        "mining": MINING, "threads": torch.get_num_threads(), "curves": curves, "against": {},
+        "versions": {"sentence_transformers": sentence_transformers.__version__, "torch": torch.__version__},
     }  # fmt: skip
-    if arguments.only is None:
-        target = float(np.median([max(ndcg for _, ndcg in curve) for curve in found["pipeline"]]))
-        times = {
-            name: [reached(curve, min(target, max(n for _, n in curve))) for curve in curves]
-            for name, curves in found.items()
-        }
-        result |= {
-            "target": target,
-            "seconds": times,
-            "ratio": float(np.median(times["ours"]) / np.median(times["pipeline"])),
-        }
-        print(f"nDCG@10 {target:.4f}: " + ", ".join(f"{name} {np.median(values):.0f} s ({', '.join(f'{v:.0f}' for v in values)})"
-                                                    for name, values in times.items()) + f"; ratio {result['ratio']:.2f}")  # fmt: skip
-    write_json(arguments.out / f"hard_negatives_{arguments.positives}.json", result)
+    for name in PIPELINES:
+        target = float(np.median([max(ndcg for _, ndcg in curve) for curve in curves[name]]))
+        seconds = {who: [reached(curve, target) for curve in curves[who]] for who in (name, "ours")}
+        ratio = float(np.median(seconds["ours"]) / np.median(seconds[name]))
+        result["against"][name] = {"target": target, "seconds": seconds, "ratio": ratio}
+        print(f"{name}: nDCG@10 {target:.4f} after " + ", ".join(f"{who} {np.median(values):.0f} s ({', '.join(f'{v:.0f}' for v in values)})"
+                                                               for who, values in seconds.items()) + f"; ratio {ratio:.2f}")  # fmt: skip
+    write_json(arguments.out / "hard_negatives.json", result)
 
 
 def reached(curve: list[tuple[float, float]], target: float) -> float:
-    """Seconds to the first evaluation at the target."""
-    return next(spent for spent, ndcg in curve if ndcg >= target)
+    """Seconds to the first evaluation at the target; of a turn that stays below it, to its own best."""
+    return next(spent for spent, ndcg in curve if ndcg >= min(target, max(ndcg for _, ndcg in curve)))
 
 
 class Clock(TrainerCallback):
     """Seconds of training, without evaluations, and what the model was worth then."""
 
-    def __init__(self, job: TrainJob, every: int = 50) -> None:
+    def __init__(self, job: TrainJob, every: int) -> None:
         self.job, self.every, self.curve = job, every, []
         self.began, self.paused = time.perf_counter(), 0.0
         self.encoder: Encoder | None = None
@@ -146,11 +139,9 @@ class Clock(TrainerCallback):
             self.look(self.encoder)
 
 
-def ours(arguments: argparse.Namespace, job: TrainJob, clock: Clock, turn: int) -> None:
+def ours(folder: Path, job: TrainJob, clock: Clock) -> None:
     """Stage 1 and stage 2 as the run is set."""
-    folder = arguments.out / "work"
     shutil.rmtree(folder, ignore_errors=True)
-    clock.every = arguments.every
     encoder = job._prepared("untrained", 1)
     train_contrastive(encoder, job.catalog, job.config.stage1, run_dir=folder, trackers=("jsonl",))
     clock.look(encoder)
@@ -164,39 +155,31 @@ def ours(arguments: argparse.Namespace, job: TrainJob, clock: Clock, turn: int) 
     trainer.train()
 
 
-def pipeline(arguments: argparse.Namespace, job: TrainJob, clock: Clock, turn: int) -> None:
+def pipeline(arguments: argparse.Namespace, job: TrainJob, clock: Clock, kind: str, turn: int) -> None:
     """sentence-transformers alone."""
-    folder = arguments.out / arguments.positives
-    encoder = job.encoder("untrained")
-    clock.encoder, clock.every = encoder, arguments.every
+    folder = arguments.out / kind / f"turn{turn}"
+    clock.encoder = encoder = job.encoder("untrained")
     model: SentenceTransformer = encoder.model
     texts = encoder.item_texts(job.catalog.items)
-    pairs = positives(job.catalog, arguments.positives)
+    pairs = positives(job.catalog, kind)
     queries = {query.id: query.text for query in job.catalog.queries}
     dataset = Dataset.from_dict({
         "anchor": [queries[q] for q, _ in pairs], "positive": [texts[i] for _, i in pairs],
     })  # fmt: skip
+    corpus, encodings = list(dict.fromkeys(texts)), 128 * arguments.steps
     fit(model, dataset, arguments.steps, 128, arguments.learning_rate, clock, folder, turn)
     clock.look(encoder)
-    for round_ in range(arguments.rounds):
-        mined = mine_hard_negatives(
-            dataset, model, corpus=list(dict.fromkeys(texts)), output_format="triplet", verbose=False, **MINING
-        )
-        if arguments.positives == "grades":
+    for round_ in range(1, arguments.rounds + 1):
+        mined = mine_hard_negatives(dataset, model, corpus=corpus, output_format="triplet", verbose=False, **MINING)
+        if kind == "grades":
             mined = without_good(mined, job.catalog, texts)
-        fit(
-            model,
-            mined,
-            arguments.hard_steps,
-            64,
-            0.3 * arguments.learning_rate,
-            clock,
-            folder,
-            turn + 100 * (round_ + 1),
-        )
+        fit(model, mined, arguments.hard_steps, 64, 0.3 * arguments.learning_rate, clock, folder, turn + 100 * round_)
         clock.look(encoder)
+        encodings += len(corpus) + 2 * 64 * arguments.hard_steps
+    spent = clock.seconds
     shutil.rmtree(folder, ignore_errors=True)
     encoder.save(folder)
+    write_json(folder / "costs.json", {"item_encodings": encodings, "judge_calls": 0, "seconds": spent})
 
 
 def positives(catalog: Catalog, kind: str) -> list[tuple[str, int]]:

@@ -28,8 +28,8 @@ from taoemb.types import GOOD_GRADE
 
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Cut-offs of the recall curve."""
-TABLE = ("ndcg@10", "recall@10", "recall@100", "recall@1000", "hit_rate@100", *METRICS[3:])
-"""Metrics of the table: what `compare` reports, and recall at more cut-offs."""
+TABLE = ("ndcg@10", "recall@10", "recall@100", "recall@1000", "hit_rate@100", *METRICS[3:], "incremental_recall@100")
+"""Metrics of the table: what `compare` reports, recall at more cut-offs, and what it gains beside the channels."""
 COST_FIELDS = ("item_encodings", "prepare_seconds", "query_ms", "index_mb")
 RRF_K = 60
 """Constant of reciprocal rank fusion; the value of its authors (Cormack et al., SIGIR 2009)."""

@@ -47,7 +47,7 @@ DEFAULT_METRICS: tuple[str, ...] = (
 QUALITY_METRICS: tuple[str, ...] = ("quality@10", "good_quality@10")
 """Metrics that need ``quality``."""
 
-CHANNEL_METRICS: tuple[str, ...] = ("overlap@10", "exclusive_goodrate@10")
+CHANNEL_METRICS: tuple[str, ...] = ("overlap@10", "exclusive_goodrate@10", "incremental_recall@100")
 """Metrics that need ``channels``."""
 
 _GRADES = frozenset(range(MAX_GRADE + 1))
@@ -279,6 +279,17 @@ def exclusive_goodrate(ranked: RankedQuery, k: int) -> float:
     return float((ranked.good[:k] & ~_in_channel(ranked, k)).sum()) / k
 
 
+def incremental_recall(ranked: RankedQuery, k: int) -> float:
+    """``Recall(channels' Top-N and Top-k together) - Recall(channels' Top-N)``: what recall gains by this system beside them.
+
+    ``|good ∩ Top-k outside every channel's Top-N| / |good|``. NaN without a good item.
+
+    >>> incremental_recall(rank_query({"a": 3.0, "b": 2.0}, {"a": 3, "b": 3}, channels={"bm25": ["b"]}), 2)
+    0.5
+    """
+    return exclusive_goodrate(ranked, k) * k / ranked.good_count if ranked.good_count else np.nan
+
+
 _METRICS_AT_K: Mapping[str, Callable[[RankedQuery, int], float]] = {
     "ndcg": ndcg,
     "condensed_ndcg": condensed_ndcg,
@@ -291,6 +302,7 @@ _METRICS_AT_K: Mapping[str, Callable[[RankedQuery, int], float]] = {
     "good_quality": good_quality,
     "overlap": overlap,
     "exclusive_goodrate": exclusive_goodrate,
+    "incremental_recall": incremental_recall,
 }
 
 
@@ -362,8 +374,8 @@ def evaluate(
         unjudged: 0 when the qrels are complete (an unlisted item has grade 0), ``None`` when an unlisted item is
             unjudged. Choose it by the data: with 0, ``condensed_ndcg@k`` is plain nDCG and ``judged@k`` is 1.
         quality: item id -> quality, for ``quality@k`` and ``good_quality@k``; an absent or NaN item is unknown.
-        channels: channel name -> query id -> item ids of its Top-N, for ``overlap@k`` and ``exclusive_goodrate@k``. It
-            must have every evaluated query, an empty list where the channel found nothing.
+        channels: channel name -> query id -> item ids of its Top-N, for ``overlap@k``, ``exclusive_goodrate@k`` and
+            ``incremental_recall@k``. It must have every evaluated query, an empty list where the channel found nothing.
         queries: ids to evaluate, in this order; all queries of the qrels when ``None``.
 
     Raises:
@@ -419,7 +431,7 @@ def _columns(
         name, k = _parse_metric(metric)
         if name in ("quality", "good_quality") and not has_quality:
             raise ValueError(f"metric {metric!r} needs quality=, a mapping of item id to quality")
-        if name in ("overlap", "exclusive_goodrate") and not channels:
+        if name in ("overlap", "exclusive_goodrate", "incremental_recall") and not channels:
             raise ValueError(f"metric {metric!r} needs channels=, a mapping of channel name to query id to item ids")
         columns[metric] = auc if name == "auc" else _at(_METRICS_AT_K[name], k)
         if name == "overlap" and len(channels) > 1:

@@ -359,6 +359,8 @@ METRICS = {  # name before @, in the order of the table
         "while the goodrate holds: an unrelated item overlaps with nothing."),
     "exclusive_goodrate": Metric("Exclusive goodrate", 1, "Share of the Top-k that is good and that no channel "
         "finds: what this system adds."),
+    "incremental_recall": Metric("Incremental recall", 1, "Share of a query's good items that are in the Top-k and that no channel finds: "
+        "what recall gains by this system beside them."),
     "hubness": Metric("Hubness", 0, "Skew of the numbers of queries in whose Top-k an item is: the higher, the more a few items crowd "
         "the lists."),
     "auc": Metric("AUC", 1, "Probability that an item of grade 3 scores higher than one of grade 0, at any rank."),

@@ -503,4 +503,5 @@ def _learning_rate(encoder: Encoder, functions: Sequence[RewardFunction]) -> flo
     if not encoder.static:
         return 5e-6
     judges = [function.judge for function in functions if isinstance(function, RelevanceReward)]
-    return 2e-2 if judges and all(isinstance(judge, OracleJudge) for judge in judges) else 3e-3
+    right = [isinstance(judge, OracleJudge) and not judge.flip_noise for judge in judges]
+    return 2e-2 if right and all(right) else 3e-3

@@ -108,7 +108,7 @@ class RetrievalGRPOConfig:
     """Lists that they draw of each group."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW, which is how far the encoder follows its judge. None: for static embeddings 2e-2 where the judge is an
-    `OracleJudge`, whose grades are the catalog's own, and 3e-3 with any other; for transformers 5e-6, where LoRA wants more."""
+    `OracleJudge` without noise, whose grades are the catalog's own, and 3e-3 with any other; for transformers 5e-6, where LoRA wants more."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the learning rate rises; it then falls linearly to 0."""
     max_grad_norm: float = 1.0

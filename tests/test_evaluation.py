@@ -57,6 +57,8 @@ def value(metric: str, **options: Any) -> float:
         ("overlap@1", 1.0),
         ("exclusive_goodrate@5", 1 / 5),
         ("exclusive_goodrate@10", 1 / 10),
+        ("incremental_recall@1", 0.0),
+        ("incremental_recall@5", 3 / 3 - 2 / 3),  # a and f by the channels, and d
     ],
 )
 def test_metrics_by_hand(metric: str, expected: float, unjudged: int | None) -> None:
@@ -177,6 +179,7 @@ def test_queries_selects_and_orders() -> None:
         ({"metrics": "ndcg@10"}, "sequence of names"),
         ({"metrics": ["quality@10"]}, "needs quality="),
         ({"metrics": ["exclusive_goodrate@10"]}, "needs channels="),
+        ({"metrics": ["incremental_recall@100"]}, "needs channels="),
         ({"metrics": ["overlap@10"], "channels": {"bm25": {}}}, "query 'q': channel 'bm25' has no entry"),
         ({"unjudged": 2}, "unjudged must be 0"),
         ({"good_grade": 4}, "good_grade must be an integer from 1 to 3, got 4"),

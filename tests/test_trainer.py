@@ -1316,6 +1316,8 @@ def test_the_encoder_follows_a_judge_as_far_as_it_is_right(make, small_shop, tin
     assert make(learning_rate=None).learning_rate == 2e-2
     assert make([soft], run="soft", learning_rate=None).learning_rate == 3e-3
     assert make([relevance(small_shop), soft], run="both", learning_rate=None).learning_rate == 3e-3
+    erring = RelevanceReward(OracleJudge(small_shop.qrels, 0, flip_noise=0.3))
+    assert make([erring], run="erring", learning_rate=None).learning_rate == 3e-3
     assert (
         make([lambda items, **_: [1.0] * len(items)], run="none", learning_rate=None, policy="paper").learning_rate
         == 3e-3
