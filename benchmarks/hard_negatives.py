@@ -64,10 +64,11 @@ def main() -> None:
     parser.add_argument("--hard-steps", type=int, default=500, help="of each training with mined negatives")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=(*PIPELINES, "ours"), default=[*PIPELINES, "ours"])
     parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
     arguments = parser.parse_args()
     job = TrainJob(load_config(TrainConfig, arguments.run / "config.yaml"), arguments.run)
-    curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in (*PIPELINES, "ours")}
+    curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in arguments.only}
     for turn in range(arguments.turns):
         for name, found in curves.items():
             clock = Clock(job, arguments.every)
@@ -86,7 +87,7 @@ def main() -> None:
         "mining": MINING, "threads": torch.get_num_threads(), "curves": curves, "against": {},
         "versions": {"sentence_transformers": sentence_transformers.__version__, "torch": torch.__version__},
     }  # fmt: skip
-    for name in PIPELINES:
+    for name in [name for name in PIPELINES if name in curves and "ours" in curves]:
         target = float(np.median([max(ndcg for _, ndcg in curve) for curve in curves[name]]))
         seconds = {who: [reached(curve, target) for curve in curves[who]] for who in (name, "ours")}
         ratio = float(np.median(seconds["ours"]) / np.median(seconds[name]))

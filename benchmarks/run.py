@@ -4,10 +4,10 @@
     python benchmarks/run.py run shop --out runs/benchmarks
     python benchmarks/run.py check --budget 20m                      # reruns what fits, and fails where a score is out of its tolerance
     python benchmarks/run.py check --only chorus --path chorus=my/folder
-    python benchmarks/run.py table                                   # writes README's tables from benchmarks/results
+    python benchmarks/run.py table                                   # writes the pages' tables from benchmarks/results
 
-A record is a file ``benchmarks/conditions/NAME.yaml``: ``what`` it shows, the ``command`` as it is typed (``{data}``, ``{out}``, ``{seed}`` filled in),
-its ``data`` (a generated ``shop`` by its size and seed, or a ``path`` that you give), ``seeds``, ``minutes`` on the ``hardware`` class, and ``scores``:
+A record is a file ``benchmarks/conditions/NAME.yaml``: ``what`` it shows, the ``command`` as it is typed (``{data}``, ``{out}``, ``{seed}`` filled in;
+several, one a line), what it ``needs`` beside the project's own packages, its ``data`` (a generated ``shop`` by its size and seed, or a ``path`` that you give), ``seeds``, ``minutes`` on the ``hardware`` class, and ``scores``:
 file that the command writes -> path in it -> [expected, tolerance], means over the seeds. ``run`` writes
 ``OUT/NAME/result.json`` with the commit, the versions and the machine; what the same command has finished with the same code is not run again.
 """
@@ -61,7 +61,9 @@ class Record:
     what: str
     """What it shows."""
     command: str
-    """As it is typed in the project's folder."""
+    """As it is typed in the project's folder; several commands in their order, one a line."""
+    needs: tuple[str, ...] = ()
+    """Packages to install for it."""
     data: Data = field(default_factory=Data)
     """What it runs on."""
     seeds: tuple[int, ...] = (0,)
@@ -95,7 +97,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="do", required=True)
     commands.add_parser("list", help="the records")
-    commands.add_parser("table", help="write README's tables").add_argument(
+    commands.add_parser("table", help="write the tables of README and LOG").add_argument(
         "--check", action="store_true", help="only say whether they differ"
     )
     for name, text in (("run", "run records"), ("check", "run records and compare with what is expected")):
@@ -173,6 +175,8 @@ def chosen(only: list[str] | None, budget: float, paths: dict[str, Path]) -> lis
             why = f"give --path {record.data.path}=FOLDER"
         elif record.hardware == "gpu" and not gpu():
             why = "there is no GPU"
+        elif missing := [package for package in record.needs if not installed(package)]:
+            why = f"pip install {' '.join(missing)}"
         elif spent + record.minutes > budget:
             why = f"{record.minutes:g} minutes are beyond the budget"
         if why:
@@ -183,6 +187,14 @@ def chosen(only: list[str] | None, budget: float, paths: dict[str, Path]) -> lis
     if not found:
         raise SystemExit("nothing to run")
     return found
+
+
+def installed(package: str) -> bool:
+    """Whether it is, by the name that pip knows."""
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def gpu() -> bool:
@@ -210,10 +222,9 @@ def run(name: str, record: Record, out: Path, paths: dict[str, Path]) -> dict[st
         print(f"{name}: read from {file}, of {result['machine']['date']}")
     else:
         for seed in record.seeds:
-            words = [
-                word.format(data=data, out=folder / f"seed{seed}", seed=seed) for word in shlex.split(record.command)
-            ]
-            command(name, words, seed, folder)
+            for line in record.command.splitlines():
+                words = [word.format(data=data, out=folder / f"seed{seed}", seed=seed) for word in shlex.split(line)]
+                command(name, words, seed, folder)
         result = {"name": name, "made_by": made_by, "minutes": (time.perf_counter() - begin) / 60, "machine": machine()}
         write_json(file, result)
     scores = {}
@@ -295,12 +306,7 @@ def code() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What a result is worth nothing without."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES if installed(package)}
     cpu = (
         re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         if Path("/proc/cpuinfo").exists()
@@ -330,52 +336,90 @@ def report(results: dict[str, dict[str, Any]]) -> int:
 
 
 def tables(check: bool) -> int:
-    """README's tables from the results; 1 where ``check`` finds a difference."""
-    file = FOLDER.parent / "README.md"
-    text = file.read_text(encoding="utf-8")
-    made = with_tables(text)
-    if made == text:
-        return 0
-    if check:
-        print("README.md differs from benchmarks/results: run `python benchmarks/run.py table`")
-        return 1
-    write_text(file, made)
-    return 0
+    """The pages' tables from the results; 1 where ``check`` finds a difference."""
+    wrong = 0
+    for page, found in by_page().items():
+        file = FOLDER.parent / page
+        text = file.read_text(encoding="utf-8")
+        made = with_tables(text, found)
+        if made != text and check:
+            print(f"{page} differs from benchmarks/results: run `python benchmarks/run.py table`")
+            wrong = 1
+        elif made != text:
+            write_text(file, made)
+    return wrong
 
 
-def with_tables(text: str) -> str:
-    """A page with the tables of ``benchmarks/tables.yaml`` between their marks. Raises ValueError for one without marks."""
+def by_page() -> dict[str, dict[str, Any]]:
+    """Page -> name -> table of ``benchmarks/tables.yaml``."""
+    found: dict[str, dict[str, Any]] = {}
     for name, table in yaml.safe_load((FOLDER / "tables.yaml").read_text(encoding="utf-8")).items():
+        found.setdefault(table.get("page", "README.md"), {})[name] = table
+    return found
+
+
+def with_tables(text: str, found: dict[str, Any]) -> str:
+    """A page with tables between their marks. Raises ValueError for one without marks."""
+    for name, table in found.items():
         begin, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
-        head, found, rest = text.partition(begin)
-        if not found or end not in rest:
+        head, mark, rest = text.partition(begin)
+        if not mark or end not in rest:
             raise ValueError(
-                f"README.md has no marks {begin.strip()!r} and {end!r}; put them where the table is to stand"
+                f"the page has no marks {begin.strip()!r} and {end!r}; put them where the table is to stand"
             )
         text = head + begin + markdown(table) + end + rest.partition(end)[2]
     return text
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """One table: rows of results, the best figure of each column in bold where ``best`` says which end is better."""
+    """One table: rows of results, the best figure of each column in bold where ``best`` says which end is better.
+
+    A column is a ``metric`` with its deviation, of all queries or of a ``slice``; with ``test: true`` what the row has more than the row that it was
+    tested against, and the p-value; or a ``cost`` with its ``unit``.
+    """
     results = read_json(FOLDER / "results" / table["file"])["rows"]
-    columns = table["columns"]
-    rows = [(label, [results[name]["metrics"].get(column["metric"]) for column in columns.values()], results[name])
-            for label, name in table["rows"].items()]  # fmt: skip
-    tops = [
-        {"high": max, "low": min}[column["best"]](round(values[n]["mean"], 3) for _, values, _ in rows if values[n])
-        if "best" in column
-        else None
-        for n, column in enumerate(columns.values())
-    ]
-    cost = [table["cost"]] if "cost" in table else []
-    lines = ["| system | " + " | ".join([*columns, *cost]) + " |", "| --- |" + " --- |" * len([*columns, *cost])]
-    for label, values, row in rows:
-        cells = [figure(value, top) for value, top in zip(values, tops, strict=True)]
-        if cost:
-            cells.append(f"{row['item_encodings'] / 1e6:.2f} M" if row.get("item_encodings") else "")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = {label: results[name] for label, name in table["rows"].items()}
+    lines = ["| system | " + " | ".join(table["columns"]) + " |", "| --- |" + " --- |" * len(table["columns"])]
+    columns = [cells(column, list(rows.values())) for column in table["columns"].values()]
+    return (
+        "\n".join(
+            lines
+            + [
+                f"| {label} | " + " | ".join(row) + " |"
+                for label, row in zip(rows, zip(*columns, strict=True), strict=True)
+            ]
+        )
+        + "\n"
+    )
+
+
+def cells(column: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """A column of a table, a row's cell empty where it has no such figure."""
+    if "cost" in column:
+        found = [row.get(column["cost"]) for row in rows]
+        return [
+            f"{value / column['unit']:.{column.get('digits', 0)}f}{column.get('sign', '')}" if value else ""
+            for value in found
+        ]
+    places = [row["slices"][column["slice"]] if "slice" in column else row["metrics"] for row in rows]
+    values = [place.get(column["metric"]) for place in places]
+    if column.get("test"):
+        return [tested(value and value.get("against", value)) for value in values]
+    best = {"high": max, "low": min}.get(column.get("best", ""))
+    top = best((round(value["mean"], 3) for value in values if value), default=None) if best else None
+    return [figure(value, top) for value in values]
+
+
+def tested(test: dict[str, float] | None) -> str:
+    """
+    >>> tested({"difference": -0.0049, "p_value": 0.0123}), tested({"difference": 0.01, "p_value": 0.0001}), tested(None)
+    ('-.005 (p = .012)', '+.010 (p = .0001)', '')
+    """
+    if not test or not test.get("difference"):
+        return ""
+    p = test["p_value"]
+    said = f"{p:.4f}" if p < 0.001 else f"{p:.3f}" if p < 0.05 else f"{p:.2f}"
+    return f"{test['difference']:+.3f} (p = {said})".replace("0.", ".").replace("= 1.00", "= 1")
 
 
 def figure(value: dict[str, float] | None, top: float | None) -> str:

