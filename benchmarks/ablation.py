@@ -6,8 +6,8 @@
 ``--runs`` are finished run folders that differ in their seed (`benchmarks/seeds.py` makes them): each gives its stage-1 model, its
 catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the
 `flip_noise` of an oracle judge, or ``binary``, a judge that tells good from bad alone; settings of the ``backbone`` and of another ``judge``
-are named so (``backbone.tower``, ``judge.kind``). ``{model: ...}`` is evaluated as it is: ``bm25``, ``untrained``, ``minilm``, a hub id, or a folder,
-``{seed}`` in it filled in, whose ``costs.json`` says what it took. ``{fused: NAME}`` is BM25 fused with the model of that condition. ``stage1`` is always
+are named so (``backbone.tower``, ``judge.kind``). ``{model: ...}`` is evaluated as it is: ``bm25``, ``untrained``, ``minilm``, a hub id, or a folder whose ``costs.json``
+says what it took (``{seed}`` in it is the run's, ``{models}`` what ``--models`` says). ``{fused: NAME}`` is BM25 fused with the model of that condition. ``stage1`` is always
 a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
 ``--against`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from run import code, machine
 
 from taoemb.backbone import prepare
 from taoemb.benchmark import BM25, Systems, fuse, metrics_to
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--conditions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", help="names of conditions; without it all")
+    parser.add_argument("--models", default="runs/hard_negatives", help="folder of the models that conditions name")
     parser.add_argument("--against", default="default", help="the condition that the others are tested against")
     parser.add_argument(
         "--gap", nargs=2, metavar=("LOW", "HIGH"), help="also print the share of their distance that each closes"
@@ -82,23 +84,25 @@ def main() -> None:
                 found[name].append(found[name][0])  # the runs differ in their seed alone
                 continue
             if not file.exists():
-                write_json(file, measure(job, run, base, conditions[base], folder / base))
+                write_json(file, measure(job, run, base, conditions[base], folder / base, arguments.models))
             read = read_json(file)
             if fused:
                 read = {**read, "per_query": read["fused"], "hubness@10": read["fused_hubness@10"]}
             found[name].append(read)
     rows = {name: summary(found[name], found[arguments.against]) for name in names}
-    write_json(arguments.out / "ablation.json", {"seeds": len(arguments.runs), "conditions": conditions, "against": arguments.against,
-                                                 "rows": rows})  # fmt: skip
+    write_json(arguments.out / "ablation.json", {
+        **code(), "machine": machine(), "seeds": len(arguments.runs), "stage1_item_encodings": job.phases.values["stage1"]["item_encodings"],
+        "conditions": conditions, "against": arguments.against, "rows": rows,
+    })  # fmt: skip
     print(table(rows, arguments.against))
     if arguments.gap:
         print(gap(found, *arguments.gap))
 
 
-def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: Path) -> dict:
+def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: Path, models: str) -> dict:
     """Train one condition (None: nothing, stage 1 as it is) and evaluate it query by query."""
     if settings is not None and "model" in settings:
-        return as_it_is(job, name, settings["model"])
+        return as_it_is(job, name, settings["model"].replace("{models}", models))
     encoder, costs, judge = job.encoder("stage1"), {"item_encodings": 0, "judge_calls": 0, "seconds": 0.0}, {}
     if settings is not None:
         overrides = [f"{key if key.startswith(WHOLE) else f'stage2.{key}'}={value}" for key, value in settings.items()

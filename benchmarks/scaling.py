@@ -8,7 +8,8 @@
   milliseconds of one query for 10 items, by exact search and by an inverted file (``IVF,SQ8``) that is searched as deeply as Recall@10 of `RECALL` takes.
 - K and batch: milliseconds of a step of Retrieval-GRPO, median over the steps that do not refresh, the points in turns.
 
-Writes ``OUT/scaling.json`` and ``OUT/scaling.png``.
+Writes ``OUT/scaling.json`` and ``OUT/scaling.png``; ``growth`` is how much the last doubling of K and of the batch costs, and how much more an item of the
+largest catalog takes to encode than one of the catalog a size below.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--items", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--items", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000],
+                        help="sizes, two or more")  # fmt: skip
     parser.add_argument("--candidates", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     arguments = parser.parse_args()
@@ -61,6 +63,10 @@ def main() -> None:
         "batches": [{"batch_size": b, "ms_a_step": spent[b, candidates]} for b in arguments.batches],
         "items": catalogs(job, sorted(arguments.items)),
     }  # fmt: skip
+    result["growth"] = {
+        "K": doubling(result["candidates"], "num_candidates", "ms_a_step"), "batch": doubling(result["batches"], "batch_size", "ms_a_step"),
+        "item": doubling(result["items"], "items", "encode_seconds", per_unit=True),
+    }  # fmt: skip
     write_json(arguments.out / "scaling.json", result)
     for name in ("items", "candidates", "batches"):
         rows = result[name]
@@ -68,6 +74,13 @@ def main() -> None:
         for row in rows:
             print("| " + " | ".join(f"{value:,.6g}" for value in row.values()) + " |")
     draw(result, arguments.out / "scaling.png")
+
+
+def doubling(rows: list[dict[str, float]], size: str, cost: str, *, per_unit: bool = False) -> float:
+    """The last row's cost over the one's before it, as many times the size; ``per_unit`` of a unit."""
+    before, last = rows[-2:]
+    times, more = last[cost] / before[cost], last[size] / before[size]
+    return times / more if per_unit else times ** (np.log(2) / np.log(more))
 
 
 class Stopwatch(TrainerCallback):

@@ -191,13 +191,15 @@ def graphs(store: EmbeddingStore, queries: FloatArray, turns: int) -> dict[str, 
     exact = ExactIndex.build(store).search_positions(queries, 10)[0]
     ours = VectorIndex.build(store, f"HNSW{LINKS}")
     ours.set_parameters(efSearch=BEAM)
-    peer = hnswlib.Index("ip", store.vectors.shape[1])
 
-    def build() -> None:
-        peer.init_index(len(store), M=LINKS, ef_construction=BUILD_BEAM)
-        peer.add_items(store.vectors, num_threads=torch.get_num_threads())
+    def theirs() -> Any:
+        index = hnswlib.Index("ip", store.vectors.shape[1])
+        index.init_index(len(store), M=LINKS, ef_construction=BUILD_BEAM)
+        index.add_items(store.vectors, num_threads=torch.get_num_threads())
+        return index
 
-    build_seconds = in_turns({"ours": lambda: VectorIndex.build(store, f"HNSW{LINKS}"), "theirs": build}, 3)
+    build_seconds = in_turns({"ours": lambda: VectorIndex.build(store, f"HNSW{LINKS}"), "theirs": theirs}, 3)
+    peer = theirs()
     peer.set_ef(BEAM)
     peer.set_num_threads(torch.get_num_threads())
     spent = in_turns({"ours": lambda: ours.search(queries, 10), "theirs": lambda: peer.knn_query(queries, 10)}, turns)
