@@ -7,7 +7,8 @@
 catalog and its judge. A conditions file maps a name to the settings of stage 2 that differ, and to ``noise``, the
 `flip_noise` of an oracle judge, or ``binary``, a judge that tells good from bad alone; settings of the ``backbone`` and of another ``judge``
 are named so (``backbone.tower``, ``judge.kind``). ``{model: ...}`` is evaluated as it is: ``bm25``, ``untrained``, ``minilm``, a hub id, or a folder whose ``costs.json``
-says what it took (``{seed}`` in it is the run's, ``{models}`` what ``--models`` says). ``{fused: NAME}`` is BM25 fused with the model of that condition. ``stage1`` is always
+says what it took (``{seed}`` in it is the run's, ``{models}`` what ``--models`` says). ``{fused: NAME}`` is BM25 fused with the model of that condition,
+``{continued: NAME}`` stage 1 trained on for as many item encodings as that condition, which must be there, has spent. ``stage1`` is always
 a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
 ``--against`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
@@ -27,6 +28,7 @@ from taoemb.backbone import prepare
 from taoemb.benchmark import BM25, Systems, fuse, metrics_to
 from taoemb.comparison import compare
 from taoemb.config import load_config
+from taoemb.contrastive import train_contrastive
 from taoemb.encoder import Encoder
 from taoemb.evaluation import paired_bootstrap
 from taoemb.files import read_json, write_json
@@ -104,7 +106,12 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
     if settings is not None and "model" in settings:
         return as_it_is(job, name, settings["model"].replace("{models}", models))
     encoder, costs, judge = job.encoder("stage1"), {"item_encodings": 0, "judge_calls": 0, "seconds": 0.0}, {}
-    if settings is not None:
+    if settings is not None and "continued" in settings:
+        config = job.continued(read_json(folder.parent / f"{settings['continued']}.json")["item_encodings"])
+        encoder, begin = job._prepared("stage1", 1), time.perf_counter()
+        encodings = train_contrastive(encoder, job.catalog, config, run_dir=folder, trackers=("jsonl",))
+        costs |= {"item_encodings": encodings, "seconds": time.perf_counter() - begin}
+    elif settings is not None:
         overrides = [f"{key if key.startswith(WHOLE) else f'stage2.{key}'}={value}" for key, value in settings.items()
                      if key not in ("noise", "binary")]  # fmt: skip
         overrides.append("systems=[stage1,retrieval_grpo]")  # the run may have rows of policies

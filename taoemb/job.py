@@ -287,17 +287,19 @@ class TrainJob:
         return encoder, encodings
 
     def _stage1_continued(self) -> tuple[Encoder, int]:
-        """As many more steps of stage 1 as cost the item encodings that Retrieval-GRPO spent, at .3 of its learning rate (our
-        choice): starting again at the whole of it forgets more than it learns."""
-        stage1, spent = self.config.stage1, self.phases.values
-        per_step = spent["stage1"]["item_encodings"] / stage1.steps
-        steps = max(1, round(spent["retrieval_grpo"]["item_encodings"] / per_step))
-        config = dataclasses.replace(stage1, steps=steps, seed=stage1.seed + 1,
-                                     learning_rate=0.3 * stage1.learning_rate)  # fmt: skip
         encoder = self._prepared("stage1", 1)
+        config = self.continued(self.phases.values["retrieval_grpo"]["item_encodings"])
         encodings = train_contrastive(encoder, self.catalog, config, run_dir=self.run_dir, name="stage1_continued",
                                       trackers=self.config.trackers)  # fmt: skip
         return encoder, encodings
+
+    def continued(self, item_encodings: float) -> ContrastiveConfig:
+        """Settings of as many more steps of stage 1 as cost so many item encodings, at .3 of its learning rate (our
+        choice): starting again at the whole of it forgets more than it learns."""
+        stage1 = self.config.stage1
+        per_step = self.phases.values["stage1"]["item_encodings"] / stage1.steps
+        return dataclasses.replace(stage1, steps=max(1, round(item_encodings / per_step)), seed=stage1.seed + 1,
+                                   learning_rate=0.3 * stage1.learning_rate)  # fmt: skip
 
     def _stage2(self, name: str, policy: Policy) -> tuple[Encoder, int]:
         config = self.config.stage2
