@@ -76,7 +76,7 @@ def main() -> None:
                 ours(arguments.out / "ours", job, clock)
             else:
                 pipeline(arguments, job, clock, name, turn)
-            found.append(clock.curve)
+            found.append([(round(spent, 2), round(ndcg, 4)) for spent, ndcg in clock.curve])
             shown = clock.curve[:: max(1, len(clock.curve) // 12)]
             print(
                 f"turn {turn}, {name}: " + ", ".join(f"{ndcg:.3f} at {spent:.0f} s" for spent, ndcg in shown),
