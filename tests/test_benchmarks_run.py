@@ -221,6 +221,24 @@ def test_a_record_may_take_several_commands_and_packages(known, tmp_path, capsys
     assert "left out: other (pip install no-such-package)" in said
 
 
+def test_a_finished_command_is_not_repeated_for_the_next_ones_failure(known, tmp_path, capsys, monkeypatch):
+    first = (
+        "python -c \"import os, pathlib; pathlib.Path('{out}', 'said').open('a').write(os.environ['OMP_NUM_THREADS'])\""
+    )
+    missing = "python -c \"import pathlib; pathlib.Path('{out}', 'there').read_text(); print('{seed}')\""
+    known(one=record(command=f"{first}\n\n{missing}\n{WRITES}", threads=3))
+    assert run.main(["run", "one", "--out", str(tmp_path)]) == 1
+    assert "No such file" in capsys.readouterr().err
+    for seed in (0, 2):
+        (tmp_path / "one" / f"seed{seed}").mkdir(exist_ok=True)
+        (tmp_path / "one" / f"seed{seed}" / "there").write_text("now")
+    assert run.main(["run", "one", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "one" / "seed0" / "said").read_text() == "3"
+    known(one=record(needs=("no-such-package",)))
+    assert run.main(["run", "one", "--out", str(tmp_path)]) == 1
+    assert "pip install no-such-package" in capsys.readouterr().err
+
+
 def test_columns_of_a_table(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     rows = {
