@@ -148,6 +148,10 @@ def row(
     if start not in arguments.start:
         row(arguments, shop, contexts, conditions, start, seed)
     log = folder / "run" / "grpo" / "log.jsonl"
+    identity = {"condition": conditions[name], "settings": arguments.settings, "pairs": arguments.pairs}
+    if (folder / "row.json").exists() and (read := read_json(folder / "row.json")) != identity:
+        raise SystemExit(f"{folder} is a row of other settings, {read}; give another --out, or delete it")
+    write_json(folder / "row.json", identity)
     if not (folder / "graded.json").exists():
         begin = (
             arguments.start.get(start)

@@ -1,5 +1,6 @@
 """benchmarks/ablation.py and hard_negatives.py on a small shop: rows of every kind from one run folder, and what is there is kept."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -119,3 +120,20 @@ def test_pipelines_of_mined_hard_negatives(script, run, tmp_path, capsys):
     assert times == {file: file.stat().st_mtime_ns for file in tmp_path.glob("turn0/*.json")}
     with pytest.raises(SystemExit, match="of other settings"):
         script("hard_negatives")(*words, "--sampling", "random")
+
+
+def test_a_judge_row_of_other_settings_is_refused(script, tmp_path):
+    script("judge_recipes")
+    row = sys.modules["benchmarks_judge_recipes"].row
+    (tmp_path / "seed0" / "SFT").mkdir(parents=True)
+    (tmp_path / "seed0" / "SFT" / "graded.json").write_text('{"accuracy": 0.5}')
+    given = argparse.Namespace(out=tmp_path, start={"post": tmp_path}, settings=["sft.steps=400"], pairs=10)
+    conditions = {"SFT": {"start": "post", "stages": ["sft"]}}
+    assert (
+        row(given, None, None, conditions, "SFT", 0)
+        == row(given, None, None, conditions, "SFT", 0)
+        == {"accuracy": 0.5}
+    )
+    given.settings = ["sft.steps=500"]
+    with pytest.raises(SystemExit, match="row of other settings.*sft.steps=400.*give another --out"):
+        row(given, None, None, conditions, "SFT", 0)
