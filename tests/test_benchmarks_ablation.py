@@ -110,6 +110,7 @@ def test_pipelines_of_mined_hard_negatives(script, run, tmp_path, capsys):
     assert set(found["against"]) == {"clicks", "grades", "stage1"}
     for name, test in found["against"].items():
         assert test["target"] == max(ndcg for _, ndcg in found["curves"][name][0])
+        assert all(test["target"] - 0.05 < one["target"] < test["target"] for one in test["lower"])
         assert json.loads((tmp_path / name / "turn0" / "costs.json").read_text())["item_encodings"] > 0
         seconds = [spent for spent, _ in found["curves"][name][0]]
         assert seconds == sorted(seconds)
@@ -119,7 +120,7 @@ def test_pipelines_of_mined_hard_negatives(script, run, tmp_path, capsys):
     script("hard_negatives")(*words)
     assert times == {file: file.stat().st_mtime_ns for file in tmp_path.glob("turn0/*.json")}
     with pytest.raises(SystemExit, match="of other settings"):
-        script("hard_negatives")(*words, "--sampling", "random")
+        script("hard_negatives")(*words, "--sampling", "top")
 
 
 def test_a_judge_row_of_other_settings_is_refused(script, tmp_path):
