@@ -17,6 +17,7 @@ with the same settings is not trained again. Prints a Markdown table, with ``*``
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,8 @@ from taoemb.types import JudgeOutput, RelevanceJudge
 
 SHOWN = ("ndcg@10", "condensed_ndcg@10", "auc", "recall@100", "goodrate@10", "quality@10", "overlap@10",
          "exclusive_goodrate@10")  # fmt: skip
-COSTS = ("item_encodings", "judge_calls", "seconds")
+COSTS = ("item_encodings", "total_item_encodings", "judge_calls", "judge_lookups", "seconds", "total_seconds")
+"""Own, and with the stage 1 where a row begins at it; pairs that the judge was asked for, and all that were looked up in its cache or asked."""
 BY_SLICE = ("ndcg@10", "recall@100")
 DEPTH = 1000
 """Ranks that are evaluated."""
@@ -77,6 +79,7 @@ def main() -> None:
     asked += [conditions[name]["continued"] for name in asked if "continued" in (conditions[name] or {})]
     names = [name for name in conditions if not arguments.only or name in asked]
     found: dict[str, list[dict]] = {name: [] for name in names}
+    commits: set[str] = set()
     for run in arguments.runs:
         job = TrainJob(load_config(TrainConfig, run / "config.yaml"), run)
         for name in names:
@@ -90,15 +93,23 @@ def main() -> None:
             if not file.exists():
                 found_here = measure(job, run, base, conditions[base], folder / base, arguments.models)
                 write_json(file, {"settings": conditions[base], **code(), **found_here})
+                shutil.rmtree(folder / base / "checkpoints", ignore_errors=True)  # hundreds of MB each
             read = read_json(file)
             if read["settings"] != conditions[base]:
                 raise SystemExit(f"{file} is of other settings, {read['settings']}; give another --out, or delete it")
+            commits.add(f"{read.get('commit', '')} {read.get('changes', '')}".strip())
+            begun = {} if model else job.phases.values["stage1"]
+            read |= {
+                f"total_{cost}": read[cost] + begun.get(cost, 0)
+                for cost in ("item_encodings", "seconds")
+                if cost in read
+            }
             if fused:
                 read = {**read, "per_query": read["fused"], "hubness@10": read["fused_hubness@10"]}
             found[name].append(read)
     rows = {name: summary(found[name], found[arguments.against]) for name in names}
     write_json(arguments.out / "ablation.json", {
-        **code(), "machine": machine(), "seeds": len(arguments.runs), "stage1_item_encodings": job.phases.values["stage1"]["item_encodings"],
+        **code(), "machine": machine(), "seeds": len(arguments.runs), "commits_of_rows": sorted(commits),
         "conditions": conditions, "against": arguments.against, "rows": rows,
     })  # fmt: skip
     print(table(rows, arguments.against))
@@ -111,6 +122,7 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
     if settings is not None and "model" in settings:
         return as_it_is(job, name, settings["model"].replace("{models}", models))
     encoder, costs, judge = job.encoder("stage1"), {"item_encodings": 0, "judge_calls": 0, "seconds": 0.0}, {}
+    whole_here = not (folder / "checkpoints").exists()  # what goes on after a kill knows its encodings alone
     if settings is not None and "continued" in settings:
         config = job.continued(read_json(folder.parent / f"{settings['continued']}.json")["item_encodings"])
         encoder, begin = job._prepared("stage1", 1), time.perf_counter()
@@ -147,8 +159,17 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
                                        trackers=("jsonl",))  # fmt: skip
         begin = time.perf_counter()
         encodings = trainer.train()
-        asked = sum(function.calls + function.hits for function in functions if isinstance(function, RelevanceReward))
-        costs = {"item_encodings": encodings, "judge_calls": asked, "seconds": time.perf_counter() - begin}
+        judges = [function for function in functions if isinstance(function, RelevanceReward)]
+        calls = sum(function.calls for function in judges)
+        lookups = calls + sum(function.hits for function in judges)
+        costs = {
+            "item_encodings": encodings,
+            "judge_calls": calls,
+            "judge_lookups": lookups,
+            "seconds": time.perf_counter() - begin,
+        }
+    if not whole_here:
+        costs = {"item_encodings": costs["item_encodings"]}
     return {**costs, "judge": judge, **evaluated(job, name, encoder)}
 
 
@@ -218,7 +239,7 @@ def evaluated(job: TrainJob, name: str, encoder: Encoder | None) -> dict:
 
 def summary(seeds: list[dict], reference: list[dict]) -> dict:
     """Means, deviations over the seeds and tests against another condition; ndcg@10 and recall@100 per slice."""
-    row: dict = {cost: float(np.mean([seed.get(cost, 0) for seed in seeds])) for cost in COSTS}
+    row: dict = {cost: float(np.mean([seed[cost] for seed in seeds if cost in seed] or [0])) for cost in COSTS}
     row |= {"metrics": {}, "slices": {}}
     for metric in seeds[0]["per_query"]:
         ours, theirs = (

@@ -12,7 +12,7 @@ duplicates, on (query, item) pairs, then in ``--rounds`` rounds mines negatives 
 
 Rate, sampling and margin were chosen on the validation split of the generated shop (LOG). A round mines five negatives of each query for all its pairs. All
 parts begin at the start model, use one thread count and take seeds by the turn. Evaluation, on ``--split``, is not counted. A pipeline's target is its highest
-nDCG@10 at any evaluation, in the median of the turns; targets up to .04 below it are given too. Writes a file per turn and part, which is not made again,
+nDCG@10 at any evaluation, in the median of the turns; the four hundredths below it are given too. Writes a file per turn and part, which is not made again,
 ``OUT/hard_negatives.json``, and the pipelines' last models with their ``costs.json`` into ``OUT/PART/turnN``.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 import time
 from pathlib import Path
@@ -73,8 +74,9 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
     arguments = parser.parse_args()
-    job = TrainJob(load_config(TrainConfig, arguments.run / "config.yaml"), arguments.run)
+    config = load_config(TrainConfig, arguments.run / "config.yaml")
     curves: dict[str, list[Curve]] = {name: [] for name in arguments.only}
+    over: list[float] = []
     settings = {"every": arguments.every, "split": arguments.split}
     theirs = {
         name: getattr(arguments, name)
@@ -85,6 +87,9 @@ def main() -> None:
             file = arguments.out / f"turn{turn}" / f"{name}.json"
             identity = settings | ({} if name == "ours" else theirs)
             if not file.exists():
+                job = TrainJob(
+                    config, arguments.run
+                )  # of its own: BM25, texts and the judge's verdicts are kept by a job
                 clock = Clock(job, arguments.every, arguments.split)
                 extra = (
                     ours(arguments.out / "work", job, clock, turn)
@@ -96,19 +101,21 @@ def main() -> None:
             if read["settings"] != identity:
                 raise SystemExit(f"{file} is of other settings, {read['settings']}; give another --out, or delete it")
             found.append(read["curve"])
+            if name == "ours":
+                over.append(read["stage1_seconds"])
             shown = read["curve"][:: max(1, len(read["curve"]) // 12)]
             print(
                 f"turn {turn}, {name}: " + ", ".join(f"{ndcg:.3f} at {spent:.0f} s" for spent, ndcg in shown),
                 flush=True,
             )
     result: dict[str, Any] = {**code(), "machine": machine(), **settings, **theirs, "mining": MINING,
-                              "threads": torch.get_num_threads(), "curves": curves, "against": {}}  # fmt: skip
+                              "threads": torch.get_num_threads(), "curves": curves, "stage1_seconds": over, "against": {}}  # fmt: skip
     for name in [name for name in PIPELINES if name in curves and "ours" in curves]:
         best = float(np.median([max(ndcg for _, ndcg in curve) for curve in curves[name]]))
-        lower = [round(target, 2) for target in np.arange(best - 0.04, best, 0.01)]
-        found = [against(curves[name], curves["ours"], target) for target in (best, *reversed(lower))]
+        lower = [cents / 100 for cents in range(math.ceil(100 * best) - 1, math.ceil(100 * best) - 5, -1)]
+        found = [against(curves[name], curves["ours"], target) for target in (best, *lower)]
         result["against"][name] = found[0] | {"lower": found[1:]}
-        print(f"{name}, seconds to nDCG@10: " + "; ".join(f"{one['target']:.3f} theirs {np.median(one['theirs']):.0f}, ours {np.median(one['ours']):.0f}, "
+        print(f"{name} (our stage 1 ends at {np.median(over):.0f} s), seconds to nDCG@10: " + "; ".join(f"{one['target']:.3f} theirs {np.median(one['theirs']):.0f}, ours {np.median(one['ours']):.0f}, "
                                                          f"ratio {one['ratio']:.2f}" for one in found))  # fmt: skip
     write_json(arguments.out / "hard_negatives.json", result)
 
@@ -172,7 +179,7 @@ class Clock(TrainerCallback):
 
 def ours(folder: Path, job: TrainJob, clock: Clock, turn: int) -> dict[str, float]:
     """Stage 1 and stage 2 as the run is set, but for the seed; returns when stage 1 was over."""
-    encoder = stage1(folder, job, clock, turn)
+    encoder, _ = stage1(folder, job, clock, turn)
     over = clock.seconds
     encoder.save(folder / "stage1")
     encoder = clock.encoder = Encoder(folder / "stage1")
@@ -185,8 +192,8 @@ def ours(folder: Path, job: TrainJob, clock: Clock, turn: int) -> dict[str, floa
     return {"stage1_seconds": over}
 
 
-def stage1(folder: Path, job: TrainJob, clock: Clock, turn: int) -> Encoder:
-    """Our stage 1 from the start model."""
+def stage1(folder: Path, job: TrainJob, clock: Clock, turn: int) -> tuple[Encoder, int]:
+    """Our stage 1 from the start model, and its item encodings."""
     shutil.rmtree(folder, ignore_errors=True)
     encoder = job._prepared("untrained", 1)
 
@@ -197,10 +204,10 @@ def stage1(folder: Path, job: TrainJob, clock: Clock, turn: int) -> Encoder:
                 clock.look(encoder)
 
     with patch.object(contrastive, "Tracker", Looking):
-        train_contrastive(
+        encodings = train_contrastive(
             encoder, job.catalog, dataclasses.replace(job.config.stage1, seed=turn), run_dir=folder, trackers=("jsonl",)
         )
-    return encoder
+    return encoder, encodings
 
 
 def pipeline(arguments: argparse.Namespace, job: TrainJob, clock: Clock, kind: str, turn: int) -> dict[str, Any]:
@@ -215,8 +222,7 @@ def pipeline(arguments: argparse.Namespace, job: TrainJob, clock: Clock, kind: s
     })  # fmt: skip
     corpus, encodings = list(dict.fromkeys(texts)), 0
     if kind == "stage1":
-        encoder = stage1(folder, job, clock, turn)
-        encodings = job.phases.values["stage1"]["item_encodings"]
+        encoder, encodings = stage1(folder, job, clock, turn)
     else:
         encoder = clock.encoder = job.encoder("untrained")
         fit(encoder, dataset, arguments.steps, batch, arguments.learning_rate, clock, folder, turn)

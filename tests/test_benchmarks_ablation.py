@@ -66,7 +66,7 @@ def test_rows_of_every_kind(script, run, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())
     rows, expected = found["rows"], json.loads((run / "metrics.json").read_text())["systems"]
     assert set(rows) == {"stage1", "default", *yaml.safe_load(CONDITIONS)}
-    assert {"commit", "machine", "stage1_item_encodings"} <= found.keys()
+    assert {"commit", "machine", "commits_of_rows"} <= found.keys()
     for name, system in (("stage1", "stage1"), ("default", "retrieval_grpo")):
         for metric in ("ndcg@10", "recall@100", "quality@10"):
             assert rows[name]["metrics"][metric]["mean"] == pytest.approx(expected[system][metric])
@@ -75,7 +75,12 @@ def test_rows_of_every_kind(script, run, tmp_path, capsys):
     assert rows["bm25 and default"]["metrics"]["recall@100"]["mean"] != rows["default"]["metrics"]["recall@100"]["mean"]
     assert rows["default"]["metrics"]["ndcg@10"]["against"]["difference"] == 0
     assert abs(rows["stage1 continued"]["item_encodings"] / rows["default"]["item_encodings"] - 1) < 0.2
-    assert rows["default"]["judge_calls"] == rows["paper"]["judge_calls"] > 0
+    assert rows["default"]["judge_lookups"] == rows["paper"]["judge_lookups"] >= rows["paper"]["judge_calls"] > 0
+    stage1 = json.loads((run / "phases.json").read_text())["stage1"]["item_encodings"]
+    assert rows["default"]["total_item_encodings"] - rows["default"]["item_encodings"] == stage1 > 0
+    assert rows["stage1"]["total_item_encodings"] == stage1
+    assert rows["theirs"]["total_item_encodings"] == 0
+    assert not list((tmp_path / "out").glob("seed0/*/checkpoints"))
     parts = rows["paper"]["slices"].values()
     assert sum(part["queries"] for part in parts) == len(
         json.loads((tmp_path / "out/seed0/paper.json").read_text())["slices"]
