@@ -87,9 +87,8 @@ def main() -> None:
             file = arguments.out / f"turn{turn}" / f"{name}.json"
             identity = settings | ({} if name == "ours" else theirs)
             if not file.exists():
-                job = TrainJob(
-                    config, arguments.run
-                )  # of its own: BM25, texts and the judge's verdicts are kept by a job
+                # A job of its own: a job keeps BM25, texts and verdicts, which each part is to pay for
+                job = TrainJob(config, arguments.run)
                 clock = Clock(job, arguments.every, arguments.split)
                 extra = (
                     ours(arguments.out / "work", job, clock, turn)
