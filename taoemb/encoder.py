@@ -9,6 +9,7 @@ import json
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -283,13 +284,13 @@ class Encoder:
         prompt, tokens = self.prompts[kind], self._tokens[kind]
         texts = [prompt + text for text in texts] if prompt else texts
         new = list(dict.fromkeys(text for text in texts if text not in tokens))
-        if len(tokens) + len(new) > _TOKEN_CACHE_TEXTS:
-            tokens.clear()
-            new = list(dict.fromkeys(texts))
+        found: dict[str, npt.NDArray[np.int32]] = {}
         if new:
             encoded = route(self.model, kind)[0].tokenizer.encode_batch(new, add_special_tokens=False)
-            tokens.update(zip(new, (np.asarray(e.ids, dtype=np.int32) for e in encoded), strict=True))
-        rows = [tokens[text] for text in texts]
+            found = {text: np.asarray(e.ids, dtype=np.int32) for text, e in zip(new, encoded, strict=True)}
+        rows = [found[text] if text in found else tokens[text] for text in texts]
+        # The first texts stay, not the last: a larger catalog, encoded in order again and again, would find none of the last
+        tokens.update(islice(found.items(), max(_TOKEN_CACHE_TEXTS - len(tokens), 0)))
         offsets = np.cumsum([0, *(len(row) for row in rows[:-1])])
         return {
             "input_ids": torch.from_numpy(np.concatenate(rows).astype(np.int64)),
@@ -303,8 +304,8 @@ class Encoder:
         return self.__dict__
 
     def forget_tokens(self) -> None:
-        """Drop the token ids that are kept of the texts encoded last (static models keep them: training encodes a text
-        many times)."""
+        """Drop the token ids that are kept of the first 500,000 texts encoded (static models keep them: training encodes a
+        text many times)."""
         for tokens in self._tokens.values():
             tokens.clear()
 

@@ -168,10 +168,11 @@ def test_token_cache_changes_nothing(static_model, monkeypatch, small_shop):
     encoder.encode_query([texts[i] for i in shuffled])
     encoder.encode_document(texts[:7])
     np.testing.assert_array_equal(encoder.encode_document(texts), fresh)
-    monkeypatch.setattr("taoemb.encoder._TOKEN_CACHE_TEXTS", 20)  # it is emptied again and again
+    monkeypatch.setattr("taoemb.encoder._TOKEN_CACHE_TEXTS", 20)
     small = Encoder(static_model, batch_size=15)
     for _ in range(2):
         np.testing.assert_allclose(small.encode_document(texts), fresh, atol=1e-7)
+        assert list(small._tokens["document"]) == texts[:20]  # of a larger catalog a part is found again each time
     np.testing.assert_allclose(small.encode_document(texts[:5] * 8), np.concatenate([fresh[:5]] * 8), atol=1e-7)
     assert len(small._tokens["document"]) <= 20
 
