@@ -445,6 +445,7 @@ class RetrievalGRPOTrainer:
             "config": dataclasses.asdict(self.config),
             "rewards": [*self.reward_names, *self.lists.names],
             "reward_weights": [*self.objective.weights_R.tolist(), *self.lists.weights],
+            "judges": [f.judge.fingerprint for f in self.reward_functions if isinstance(f, RelevanceReward)],
             "processes": self.world.size,
             "start_model": self.encoder.fingerprint,
             **({"tower_sharing": share} if (share := self.encoder.tower_sharing) else {}),

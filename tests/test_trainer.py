@@ -226,12 +226,14 @@ def test_a_catalog_of_one_item(make, shop_words):
         make(catalog=toy(shop_words, 1, 2))
 
 
-def test_another_runs_checkpoint_is_refused(make):
+def test_another_runs_checkpoint_is_refused(make, small_shop):
     make(steps=2).train()
     with pytest.raises(CheckpointError, match=r"config\.beta"):
         make(steps=2, beta=0.5).train()
     with pytest.raises(CheckpointError, match="reward_weights"):
         make(None, [0.5], steps=2).train()
+    with pytest.raises(CheckpointError, match="judges"):
+        make([RelevanceReward(OracleJudge(small_shop.qrels, 0, flip_noise=0.1))], steps=2).train()
 
 
 # --- the groups -------------------------------------------------------------------------------------------------------
