@@ -265,7 +265,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
     """Mean and deviation over the seeds."""
     return {
         "mean": float(values.mean()),
-        "deviation": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        "deviation": float(values.std(ddof=1)) if np.ptp(values) else 0.0,  # equal figures would have one of rounding
     }
 
 

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from taoemb.config import load_config
+from taoemb.config import ConfigError, load_config
 from taoemb.files import read_json, write_json, write_text
 from taoemb.shop import generate_shop
 
@@ -99,7 +99,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="do", required=True)
     commands.add_parser("list", help="the records")
-    commands.add_parser("table", help="write the tables of README and LOG").add_argument(
+    commands.add_parser("table", help="write the tables of README and the result pages").add_argument(
         "--check", action="store_true", help="only say whether they differ"
     )
     for name, text in (("run", "run records"), ("check", "run records and compare with what is expected")):
@@ -151,8 +151,14 @@ def folders(given: list[str]) -> dict[str, Path]:
 
 
 def records() -> dict[str, Record]:
-    """By name."""
-    return {file.stem: load_config(Record, file) for file in sorted((FOLDER / "conditions").glob("*.yaml"))}
+    """By name. Raises SystemExit for a file that holds none."""
+    found = {}
+    for file in sorted((FOLDER / "conditions").glob("*.yaml")):
+        try:
+            found[file.stem] = load_config(Record, file)
+        except ConfigError as error:
+            raise SystemExit(f"{file}: {error}") from None
+    return found
 
 
 def minutes(text: str) -> float:

@@ -49,6 +49,14 @@ def test_the_records_of_the_project_can_be_read_and_listed(capsys):
     )
 
 
+def test_a_record_that_cannot_be_read_is_named(monkeypatch, tmp_path):
+    (tmp_path / "conditions").mkdir()
+    (tmp_path / "conditions" / "half.yaml").write_text("what: a test\ncommand: x {out}\n")
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit, match=r"half\.yaml: scores"):
+        run.main(["list"])
+
+
 def test_check_compares_the_mean_over_the_seeds(known, tmp_path, capsys):
     known(good=record(), bad=record(scores={"scores.json": {"a/1/b": (2.5, 0.1)}}))
     assert run.main(["check", "--only", "good", "--out", str(tmp_path)]) == 0
