@@ -134,7 +134,7 @@ def measure(job: TrainJob, run: Path, name: str, settings: dict | None, folder: 
         overrides.append("systems=[stage1,retrieval_grpo]")  # the run may have rows of policies
         whole = load_config(TrainConfig, run / "config.yaml", overrides)
         config = whole.stage2
-        prepare(encoder, whole.backbone)
+        prepare(encoder, whole.backbone, one_tower=config.rewards.relevance_alone)
         functions, weights = job._rewards(config)
         if whole.judge != job.config.judge and whole.judge.fitted:
             raise ValueError(

@@ -182,7 +182,7 @@ def ours(folder: Path, job: TrainJob, clock: Clock, turn: int) -> dict[str, floa
     over = clock.seconds
     encoder.save(folder / "stage1")
     encoder = clock.encoder = Encoder(folder / "stage1")
-    prepare(encoder, job.config.backbone)
+    prepare(encoder, job.config.backbone, one_tower=job.config.stage2.rewards.relevance_alone)
     config = dataclasses.replace(job.config.stage2, seed=turn)
     functions, weights = job._rewards(config)
     RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, config, run_dir=folder, name="stage2", trackers=("jsonl",),

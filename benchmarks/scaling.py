@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from taoemb.backbone import prepare
 from taoemb.catalog import Items
 from taoemb.config import load_config
 from taoemb.encoder import Encoder
@@ -107,8 +106,7 @@ def steps(job: TrainJob, points: list[tuple[int, int]], folder: Path) -> dict[tu
             shutil.rmtree(folder, ignore_errors=True)
             config = dataclasses.replace(job.config.stage2, batch_size=batch, num_candidates=k, steps=WARMUP + STEPS, refresh_steps=0,
                                          eval_steps=0)  # fmt: skip
-            encoder, watch = job.encoder("stage1"), Stopwatch()
-            prepare(encoder, job.config.backbone)
+            encoder, watch = job._prepared("stage1", 2), Stopwatch()
             functions, weights = job._rewards(config)
             trainer = RetrievalGRPOTrainer(encoder, job.catalog, functions, weights, config, run_dir=folder, trackers=("jsonl",),
                                            callbacks=[watch])  # fmt: skip

@@ -36,7 +36,8 @@ class BackboneConfig:
     tower: Tower | None = None
     """``shared``: one model embeds queries and items. ``query_only``: items keep the start model's embeddings, so that their index
     never changes, and a copy for queries is trained. ``two_tower``: both are trained, each with weights of its own. None:
-    ``two_tower`` for static embeddings and for a model that has two towers, else ``shared`` (our choice; benchmarks/LOG.md)."""
+    ``two_tower`` for a model that has two towers and for static embeddings that learn more than relevance, else ``shared`` (our
+    choice; benchmarks/LOG.md)."""
     tower_sharing: float = 0.3
     """With ``two_tower``: what a tower learns from the other, as a share of the other's gradient that is added to its own. 0: nothing;
     at 1 the towers would never part. Towers of different modules or tokens share nothing. Our method and default, measured with static
@@ -77,8 +78,10 @@ class BackboneConfig:
             raise ValueError(f"lora_targets={list(self.lora_targets)}: give names of layers, or 'all-linear' alone")
 
 
-def prepare(encoder: Encoder, config: BackboneConfig) -> None:
+def prepare(encoder: Encoder, config: BackboneConfig, *, one_tower: bool = False) -> None:
     """Make an encoder ready for training, in place: build its towers, add adapters, freeze what is not trained.
+
+    ``one_tower`` gives static embeddings one where the config names none, as stage 1 and relevance alone want it.
 
     It may already be so, from an earlier call or because it was saved so: towers and adapters are kept and trained on.
     Without LoRA, adapters that the model carries are merged into its weights first. New adapters change no embedding,
@@ -91,7 +94,9 @@ def prepare(encoder: Encoder, config: BackboneConfig) -> None:
         raise ValueError(f"backend {encoder.backend!r} only encodes; load the model with backend='torch' to train it")
     _check_transformer(encoder.model, config)
     lora = _lora_config(config) if config.lora_rank else None
-    split = isinstance(encoder.model[0], Router) or (encoder.static and not _module_arguments(encoder.model))
+    split = isinstance(encoder.model[0], Router) or (
+        encoder.static and not one_tower and not _module_arguments(encoder.model)
+    )
     tower = config.tower or ("two_tower" if split else "shared")
     _check_saved(config, tower)
     _build_towers(encoder.model, tower)

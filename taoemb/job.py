@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Router
 from tqdm import tqdm
 
 from taoemb import __version__
@@ -236,20 +235,19 @@ class TrainJob:
 
     def _check_settings(self) -> None:
         """What the settings need of the model and the catalog, before hours are spent."""
-        encoder, stage2 = self.encoder("untrained"), self.config.stage2
-        prepare(encoder, self.config.backbone)
+        encoder, stage2 = self._prepared("untrained", 2), self.config.stage2
         for dims in (self.config.stage1.matryoshka_dims, stage2.matryoshka_dims):
             check_matryoshka(dims, encoder)
         draw_chances(self.catalog.queries.select("train"), stage2.tail_power)
         check_probe(stage2, self.catalog)
 
     def _prepared(self, system: str, stage: Literal[1, 2]) -> Encoder:
-        """The encoder of a system, ready for a stage. Towers part in stage 2: clicks alone teach one tower more than two
-        (benchmarks/LOG.md)."""
+        """The encoder of a system, ready for a stage. Towers part in stage 2: clicks alone teach one tower more than two, and
+        relevance alone as much (benchmarks/LOG.md)."""
         encoder, config = self.encoder(system), self.config.backbone
-        if stage == 1 and config.tower in (None, "two_tower") and not isinstance(encoder.model[0], Router):
-            config = dataclasses.replace(config, tower="shared")
-        prepare(encoder, config)
+        if stage == 1 and config.tower == "two_tower":
+            config = dataclasses.replace(config, tower=None)
+        prepare(encoder, config, one_tower=stage == 1 or self.config.stage2.rewards.relevance_alone)
         return encoder
 
     def _folder(self, system: str) -> Path:

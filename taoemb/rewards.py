@@ -89,6 +89,11 @@ class RewardConfig:
         if self.exclusivity_top_n < 1:
             raise ValueError(f"exclusivity_top_n={self.exclusivity_top_n}: give at least 1")
 
+    @property
+    def relevance_alone(self) -> bool:
+        """Whether no other reward has a weight."""
+        return self.quality == self.exclusivity == self.diversity == 0
+
 
 class RelevanceReward:
     """The judge's score of each pair, each distinct pair judged once in a run.

@@ -199,9 +199,18 @@ def test_static_embeddings_get_two_towers_and_transformers_one(folder):
     assert isinstance(encoder.model[0], Router) == static
     assert encoder.tower_sharing == (0.3 if static else 0)
     encoder = prepared(folder, tower="two_tower")
-    prepare(encoder, BackboneConfig())  # what it is already
+    for one_tower in (False, True):
+        prepare(encoder, BackboneConfig(), one_tower=one_tower)  # what it is already
     assert encoder.copy().tower_sharing == 0.3
     assert not encoder.items_fixed
+
+
+def test_one_tower_is_for_where_none_is_named(folder):
+    encoder = Encoder(folder)
+    prepare(encoder, BackboneConfig(), one_tower=True)
+    assert not isinstance(encoder.model[0], Router)
+    prepare(encoder, BackboneConfig(tower="two_tower"), one_tower=True)
+    assert isinstance(encoder.model[0], Router)
 
 
 def test_towers_share_their_gradients(folder):

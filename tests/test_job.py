@@ -173,6 +173,18 @@ def test_training_queries_are_written_when_there_are_none(small_shop, static_mod
     assert again.catalog.queries.texts == job.catalog.queries.texts
 
 
+def test_towers_part_where_more_than_relevance_is_rewarded(config, tmp_path):
+    def parted(name, quality):
+        rewards = dataclasses.replace(config.stage2.rewards, quality=quality, exclusivity=0.0)
+        whole = dataclasses.replace(config, stage2=dataclasses.replace(config.stage2, rewards=rewards))
+        job = TrainJob(whole, tmp_path / name)
+        job._model("untrained", job._start_model)
+        return [isinstance(job._prepared("untrained", stage).model[0], Router) for stage in (1, 2)]
+
+    assert parted("relevance", 0.0) == [False, False]
+    assert parted("both", 0.5) == [False, True]
+
+
 def test_a_policys_name_is_a_row_of_that_policy_by_itself(config, tmp_path):
     rows = load_config(TrainConfig, None, [f"data={config.data}", "systems=[stage1,retrieval_grpo,paper,kl_distill]"])
     job = TrainJob(dataclasses.replace(config, systems=rows.systems), tmp_path / "run")
