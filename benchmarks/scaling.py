@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from run import code, machine
 from transformers import TrainerCallback
 
 from taoemb.catalog import Items
@@ -57,7 +58,7 @@ def main() -> None:
     points = [(batch, k) for k in arguments.candidates] + [(b, candidates) for b in arguments.batches]
     spent = steps(job, list(dict.fromkeys(points)), arguments.out / "work")
     result: dict[str, Any] = {
-        "threads": torch.get_num_threads(), "batch_size": batch, "num_candidates": candidates,
+        **code(), "machine": machine(), "threads": torch.get_num_threads(), "batch_size": batch, "num_candidates": candidates,
         "candidates": [{"num_candidates": k, "ms_a_step": spent[batch, k]} for k in arguments.candidates],
         "batches": [{"batch_size": b, "ms_a_step": spent[b, candidates]} for b in arguments.batches],
         "items": catalogs(job, sorted(arguments.items)),
